@@ -328,9 +328,7 @@ def _calibration(fields: _Fields, shape: ModelShape) -> Calibration | None:
 
 def _refuse_split(reader: HeaderReader, path: Path) -> None:
     field = reader.get_field("split.count")
-    if field is None:
-        return
-    if _Fields(reader, path).count("split.count", 1) > 1:
+    if field is not None and (field.types[0] == GGUFValueType.STRING or (field.parts[-1] > 1).any()):
         raise TcaError(f"{path} is one part of a split GGUF file; merge the parts first: llama-gguf-split --merge FIRST_PART OUT")
 
 
