@@ -165,7 +165,8 @@ def unpack(sdist: Path, folder: Path) -> None:
                 with archive.extractfile(member) as source, open(target, "wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
     except (tarfile.TarError, EOFError) as error:
-        raise UpstreamError(f"{sdist} cannot be unpacked ({error}). Delete it and build again.") from None
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise UpstreamError(f"{sdist} cannot be unpacked ({reason}). Delete it and build again.") from None
     for needed in ("llama_cpp/__init__.py", f"{LLAMA}/CMakeLists.txt", f"{LLAMA}/ggml/CMakeLists.txt"):
         if not (folder / needed).is_file():
             raise UpstreamError(f"{sdist} holds no {needed}: upstream's layout changed. Adapt KEEP in native/scripts/upstream.py.")
