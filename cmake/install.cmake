@@ -40,6 +40,8 @@ foreach(library ${libraries})
     # No versioned names: a wheel stores a symbolic link as a copy, so libx.so -> libx.so.0 -> libx.so.0.5.0 would triple.
     set_property(TARGET ${library} PROPERTY VERSION)
     set_property(TARGET ${library} PROPERTY SOVERSION)
+    set_property(TARGET ${library} PROPERTY PUBLIC_HEADER)
+    set_property(TARGET ${library} PROPERTY PRIVATE_HEADER)
     set_target_properties(${library} PROPERTIES INSTALL_RPATH "${origin}")
     if(NOT library MATCHES "^(ggml|ggml-base|ggml-cpu|llama.*|mtmd)$")
         set_target_properties(${library} PROPERTIES INSTALL_RPATH_USE_LINK_PATH ON)  # a GPU toolkit outside the loader's path
@@ -55,9 +57,7 @@ endif()
 install(TARGETS ${libraries}
     LIBRARY DESTINATION tca_gguf/lib COMPONENT tca
     RUNTIME DESTINATION tca_gguf/lib COMPONENT tca
-    ARCHIVE DESTINATION tca_gguf/lib COMPONENT development
-    PUBLIC_HEADER DESTINATION include COMPONENT development
-    PRIVATE_HEADER DESTINATION include COMPONENT development)
+    ARCHIVE DESTINATION tca_gguf/lib COMPONENT development)
 if(programs)
     install(TARGETS ${programs} RUNTIME DESTINATION tca_gguf/bin COMPONENT tca)
 endif()
