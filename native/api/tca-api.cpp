@@ -1,0 +1,168 @@
+// C API: build information, budgets, plan and files. No context is touched here; see tca-context.cpp.
+#include "tca-error.h"
+
+#include "budgets/tca-budgets.h"
+#include "plan/tca-plan.h"
+
+#include "ggml.h"
+#include "gguf.h"
+
+#include <cstdio>
+#include <memory>
+
+static thread_local std::string last_error;
+
+tca_status tca_fail(tca_status status, const std::string & message) {
+    last_error = message;
+    return status;
+}
+
+const char * tca_last_error(void) {
+    return last_error.c_str();
+}
+
+const char * tca_build_info(void) {
+    return "{\"version\": \"" TCA_PACKAGE_VERSION "\", \"upstream\": \"" TCA_UPSTREAM "\", \"upstream_commit\": \"" TCA_UPSTREAM_COMMIT
+        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": "
+#if defined(__AVX512F__)
+        "\"avx512\""
+#elif defined(__AVX2__)
+        "\"avx2\""
+#elif defined(__ARM_NEON)
+        "\"neon\""
+#else
+        "\"generic\""
+#endif
+        ", \"cuda\": "
+#ifdef TCA_USE_CUDA
+        "true}";
+#else
+        "false}";
+#endif
+}
+
+tca_status tca_budgets_check(const tca_budgets * budgets) {
+    const std::string problem = tca_budgets_problem(*budgets);
+    return problem.empty() ? TCA_OK : tca_fail(TCA_ERR_BUDGETS, problem);
+}
+
+// Value of an integer key of any width; -1 if it is absent or of another type.
+static int64_t gguf_integer(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        return -1;
+    }
+    switch (gguf_get_kv_type(gguf, id)) {
+        case GGUF_TYPE_UINT8:  return gguf_get_val_u8 (gguf, id);
+        case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
+        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
+        case GGUF_TYPE_INT32:  return gguf_get_val_i32(gguf, id);
+        default:               return -1;
+    }
+}
+
+tca_status tca_file_check(const char * path) {
+    FILE * file = fopen(path, "rb");
+    if (file == nullptr) {
+        return tca_fail(TCA_ERR_IO, std::string("cannot open ") + path);
+    }
+    fclose(file);
+
+    const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf { gguf_init_from_file(path, { true, nullptr }), gguf_free };
+    if (!gguf) {
+        return tca_fail(TCA_ERR_IO, std::string(path) + " is not a readable GGUF file");
+    }
+
+    const int64_t id_arch = gguf_find_key(gguf.get(), "general.architecture");
+    if (id_arch < 0 || gguf_get_kv_type(gguf.get(), id_arch) != GGUF_TYPE_STRING) {
+        return tca_fail(TCA_ERR_IO, std::string(path) + " has no general.architecture");
+    }
+    const std::string arch    = gguf_get_val_str(gguf.get(), id_arch);
+    const int64_t     n_layer = gguf_integer(gguf.get(), arch + ".block_count");
+    int64_t n_head_kv = gguf_integer(gguf.get(), arch + ".attention.head_count_kv");
+    if (n_head_kv < 0) {
+        n_head_kv = gguf_integer(gguf.get(), arch + ".attention.head_count");
+    }
+    constexpr int64_t n_max = 65536;
+    if (n_layer < 1 || n_layer > n_max || n_head_kv < 1 || n_head_kv > n_max) {
+        return tca_fail(TCA_ERR_UNSUPPORTED, std::string(path) + " does not state one number of layers and of KV heads");
+    }
+
+    tca_budgets_data budgets;
+    bool             enabled;
+    std::string      problem;
+    const tca_status status = tca_budgets_from_gguf(gguf.get(), n_layer, n_head_kv, budgets, enabled, problem);
+    return status == TCA_ERR_BUDGETS ? tca_fail(status, problem) : status;
+}
+
+static bool valid(const tca_budgets * budgets) {
+    return tca_budgets_check(budgets) == TCA_OK;
+}
+
+static bool valid_head(const tca_budgets * b, uint32_t layer, uint32_t head) {
+    if (!valid(b)) {
+        return false;
+    }
+    if (layer >= b->n_layer || head >= b->n_head_kv) {
+        tca_fail(TCA_ERR_ARGUMENT, "layer " + std::to_string(layer) + ", KV head " + std::to_string(head) + ": the budgets have " +
+                std::to_string(b->n_layer) + " layers of " + std::to_string(b->n_head_kv) + " KV heads");
+        return false;
+    }
+    return true;
+}
+
+int32_t tca_budgets_kept_per_group(const tca_budgets * b, int32_t config) {
+    if (!valid(b)) {
+        return TCA_ERR_BUDGETS;
+    }
+    if (config != TCA_HEAD_DENSE && (config < 0 || config >= (int32_t) b->n_configs)) {
+        return tca_fail(TCA_ERR_ARGUMENT, "configuration " + std::to_string(config) + " does not exist");
+    }
+    return tca_config_kept(*b, config);
+}
+
+int64_t tca_plan_groups(const tca_budgets * b, uint32_t n_tokens) {
+    return valid(b) ? (int64_t) tca_plan_groups_at(*b, n_tokens) : (int64_t) TCA_ERR_BUDGETS;
+}
+
+static int32_t head_kept(const tca_budgets * b, uint32_t layer, uint32_t head) {
+    return tca_config_kept(*b, b->head_config[(size_t) layer*b->n_head_kv + head]);
+}
+
+int64_t tca_plan_length(const tca_budgets * b, uint32_t layer, uint32_t head, uint32_t n_tokens) {
+    if (!valid_head(b, layer, head)) {
+        return TCA_ERR_ARGUMENT;
+    }
+    return n_tokens - (int64_t) tca_plan_groups_at(*b, n_tokens)*((int64_t) b->group_size - head_kept(b, layer, head));
+}
+
+int64_t tca_plan_capacity(const tca_budgets * b, uint32_t layer, uint32_t head, uint32_t n_ctx) {
+    return valid_head(b, layer, head) ? tca_plan_capacity_for(*b, head_kept(b, layer, head), n_ctx) : (int64_t) TCA_ERR_ARGUMENT;
+}
+
+tca_status tca_plan_bytes(const tca_budgets * b, uint32_t head_dim_k, uint32_t head_dim_v, int type_k, int type_v, uint32_t n_ctx,
+        uint64_t * bytes_tca, uint64_t * bytes_dense) {
+    if (!valid(b)) {
+        return TCA_ERR_BUDGETS;
+    }
+    for (const auto & [type, dim] : { std::make_pair(type_k, head_dim_k), std::make_pair(type_v, head_dim_v) }) {
+        if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size((ggml_type) type) == 0 || dim == 0 ||
+                dim % ggml_blck_size((ggml_type) type) != 0) {
+            return tca_fail(TCA_ERR_ARGUMENT, "cache type " + std::to_string(type) + " does not fit a head size of " + std::to_string(dim));
+        }
+    }
+    const uint64_t row = ggml_row_size((ggml_type) type_k, head_dim_k) + ggml_row_size((ggml_type) type_v, head_dim_v);
+    uint64_t slots = 0;
+    for (uint32_t il = 0; il < b->n_layer; ++il) {
+        for (uint32_t h = 0; h < b->n_head_kv; ++h) {
+            slots += tca_plan_capacity_for(*b, head_kept(b, il, h), n_ctx);
+        }
+    }
+    if (bytes_tca) {
+        *bytes_tca = slots*(row + sizeof(int32_t));
+    }
+    if (bytes_dense) {
+        *bytes_dense = (uint64_t) n_ctx*b->n_layer*b->n_head_kv*row;
+    }
+    return TCA_OK;
+}

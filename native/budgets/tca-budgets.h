@@ -1,0 +1,42 @@
+// Budgets as the runtime holds them, and their validation. Source of the rules: docs/gguf-keys.md.
+#pragma once
+
+#include "tca.h"
+
+#include <string>
+#include <vector>
+
+struct gguf_context;
+
+// Owning form of tca_budgets.
+struct tca_budgets_data {
+    uint32_t             version    = 0;
+    uint32_t             block_size = 0;
+    uint32_t             group_size = 0;
+    uint32_t             window     = 0;
+    uint32_t             sinks      = 0;
+    std::string          metric;
+    std::vector<int32_t> keep_counts;   // [n_keep]
+    std::vector<int32_t> configs;       // [n_configs, n_keep]
+    std::vector<int32_t> head_config;   // [n_layer, n_head_kv]
+    uint32_t             n_layer    = 0;
+    uint32_t             n_head_kv  = 0;
+
+    // Borrowed view; valid while this object is unchanged.
+    tca_budgets view() const;
+};
+
+// Metrics that tca_select() knows.
+bool tca_metric_known(const char * metric);
+
+// Empty string: valid. Otherwise one line that names the key and says what it must be.
+std::string tca_budgets_problem(const tca_budgets & budgets);
+
+// tca.* keys of a GGUF file for a model with n_layer layers of n_head_kv KV heads.
+// TCA_NO_BUDGETS if there is no key that starts with "tca."; TCA_ERR_BUDGETS with `problem` set; TCA_OK with `out` set.
+// `enabled` is the value of tca.enabled in the file (true if the key is absent).
+tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, uint32_t n_head_kv,
+        tca_budgets_data & out, bool & enabled, std::string & problem);
+
+// Tokens kept of one group under a configuration row; group_size for TCA_HEAD_DENSE. The row must be valid.
+int32_t tca_config_kept(const tca_budgets & budgets, int32_t config);

@@ -1,0 +1,61 @@
+#include "ops/tca-ops.h"
+#include "tca-convert.h"
+#include "tca-select.h"
+
+#include <cstring>
+
+// Moves the kept rows of the group to its start and the rows behind the group right after them.
+static void move_rows(char * rows, size_t row_size, int64_t group, const int32_t * kept, int n_kept, int group_size, int64_t used) {
+    char * to = rows + group*row_size;
+    for (int i = 0; i < n_kept; ++i) {
+        // kept[i] >= i: a row never lands behind one that is still to be read
+        memmove(to + i*row_size, to + kept[i]*row_size, row_size);
+    }
+    memmove(to + n_kept*row_size, to + group_size*row_size, (used - group - group_size)*row_size);
+}
+
+// src: k, v, pos, desc
+void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    ggml_tensor       * k    = dst->src[0];
+    ggml_tensor       * v    = dst->src[1];
+    ggml_tensor       * pos  = dst->src[2];
+    const ggml_tensor * desc = dst->src[3];
+
+    const tca_select_params & params = *(const tca_select_params *) userdata;
+
+    const int     row      = tca_op_get_params(dst).row;
+    const int64_t head_dim = k->ne[0];
+    const int     n        = params.group_size;
+
+    static thread_local tca_select_scratch   scratch;
+    static thread_local std::vector<float>   keys;
+    static thread_local std::vector<double>  importance;
+    static thread_local std::vector<int32_t> kept;
+
+    int unit = 0;
+    for (int64_t s = 0; s < desc->ne[2]; ++s) {
+        for (int64_t h = 0; h < desc->ne[1]; ++h) {
+            const int32_t * d = (const int32_t *) ((const char *) desc->data + h*desc->nb[1] + s*desc->nb[2] + row*desc->nb[3]);
+            if (d[TCA_DESC_COUNT] == 0 || d[TCA_DESC_GROUP] < 0 || d[TCA_DESC_CONFIG] == TCA_HEAD_DENSE || unit++ % nth != ith) {
+                continue;
+            }
+            const int64_t first = (int64_t) d[TCA_DESC_OFFSET] + d[TCA_DESC_GROUP];
+            int32_t * positions = (int32_t *) pos->data + first;
+
+            keys.resize(n*head_dim);
+            importance.resize(n);
+            kept.resize(n);
+            tca_rows_to_f32(k->type, (const char *) k->data + first*k->nb[1], keys.data(), n*head_dim);
+            tca_importance_key_diff(keys.data(), positions, n, head_dim, params.rope, params.hadamard, scratch, importance.data());
+            const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, params.n_keep, params.keep_counts,
+                    params.configs + (size_t) d[TCA_DESC_CONFIG]*params.n_keep, scratch, kept.data());
+
+            const int64_t group = d[TCA_DESC_GROUP];
+            const int64_t used  = d[TCA_DESC_USED];
+            const int64_t base  = d[TCA_DESC_OFFSET];
+            move_rows((char *) k->data   + base*k->nb[1],   k->nb[1],        group, kept.data(), n_kept, n, used);
+            move_rows((char *) v->data   + base*v->nb[1],   v->nb[1],        group, kept.data(), n_kept, n, used);
+            move_rows((char *) pos->data + base*pos->nb[0], sizeof(int32_t), group, kept.data(), n_kept, n, used);
+        }
+    }
+}

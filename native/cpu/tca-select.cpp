@@ -1,0 +1,116 @@
+#include "tca-select.h"
+
+#include <algorithm>
+#include <cmath>
+
+// In-place Walsh-Hadamard transform of size n (a power of two), normalised: its own inverse.
+static void hadamard_transform(double * x, int n) {
+    for (int s = 1; s < n; s *= 2) {
+        for (int i = 0; i < n; i += 2*s) {
+            for (int j = i; j < i + s; ++j) {
+                const double a = x[j], b = x[j + s];
+                x[j]     = a + b;
+                x[j + s] = a - b;
+            }
+        }
+    }
+    const double norm = 1.0/std::sqrt((double) n);
+    for (int i = 0; i < n; ++i) {
+        x[i] *= norm;
+    }
+}
+
+static void rope_undo(double * x, int32_t position, const tca_rope & rope) {
+    if (rope.type == TCA_ROPE_NONE) {
+        return;
+    }
+    const int    n_half = rope.n_rot/2;
+    const double scale  = 1.0/rope.scale;
+    for (int i = 0; i < n_half; ++i) {
+        const int    ia    = rope.type == TCA_ROPE_NORM ? 2*i     : i;
+        const int    ib    = rope.type == TCA_ROPE_NORM ? 2*i + 1 : i + n_half;
+        const double theta = (double) position*rope.freqs[i];
+        const double c = std::cos(theta)*scale, s = std::sin(theta)*scale;
+        const double a = x[ia], b = x[ib];
+        x[ia] = a*c + b*s;
+        x[ib] = b*c - a*s;
+    }
+}
+
+void tca_importance_key_diff(const float * keys, const int32_t * positions, int n_tokens, int head_dim,
+        const tca_rope & rope, int hadamard, tca_select_scratch & scratch, double * importance) {
+    // double throughout: selection is a ranking, and a rank must not depend on the order of a sum
+    scratch.keys.resize((size_t) n_tokens*head_dim);
+    scratch.mean.assign(head_dim, 0.0);
+    double * mean = scratch.mean.data();
+
+    for (int t = 0; t < n_tokens; ++t) {
+        double * x = &scratch.keys[(size_t) t*head_dim];
+        for (int d = 0; d < head_dim; ++d) {
+            x[d] = keys[(size_t) t*head_dim + d];
+        }
+        for (int d = 0; hadamard > 0 && d + hadamard <= head_dim; d += hadamard) {
+            hadamard_transform(x + d, hadamard);
+        }
+        rope_undo(x, positions[t], rope);
+        for (int d = 0; d < head_dim; ++d) {
+            mean[d] += x[d];
+        }
+    }
+
+    double mean_norm = 0.0;
+    for (int d = 0; d < head_dim; ++d) {
+        mean[d] /= n_tokens;
+        mean_norm += mean[d]*mean[d];
+    }
+
+    for (int t = 0; t < n_tokens; ++t) {
+        const double * x = &scratch.keys[(size_t) t*head_dim];
+        double dot = 0.0, norm = 0.0;
+        for (int d = 0; d < head_dim; ++d) {
+            dot  += x[d]*mean[d];
+            norm += x[d]*x[d];
+        }
+        const double denominator = std::sqrt(norm)*std::sqrt(mean_norm);
+        const double value       = denominator > 0.0 ? 1.0 - dot/denominator : 1.0;
+        importance[t] = std::isfinite(value) ? value : 0.0;  // a NaN must not reach the sort
+    }
+}
+
+int tca_select_tokens(const double * importance, int n_tokens, int block_size, int n_keep, const int32_t * keep_counts,
+        const int32_t * counts, tca_select_scratch & scratch, int32_t * kept) {
+    const int n_blocks = n_tokens/block_size;
+    scratch.blocks.assign(n_blocks, 0.0);
+    for (int t = 0; t < n_blocks*block_size; ++t) {
+        scratch.blocks[t/block_size] += importance[t];
+    }
+
+    std::vector<int32_t> & order = scratch.order;
+    order.resize(n_blocks + block_size);
+    int32_t * by_block = order.data();
+    int32_t * by_token = order.data() + n_blocks;
+
+    const auto rank = [](int32_t * idx, int n, int first, const double * value) {
+        for (int i = 0; i < n; ++i) {
+            idx[i] = first + i;
+        }
+        std::sort(idx, idx + n, [value](int32_t a, int32_t b) {
+            return value[a] != value[b] ? value[a] > value[b] : a > b;
+        });
+    };
+    rank(by_block, n_blocks, 0, scratch.blocks.data());
+
+    int n_kept = 0;
+    int next   = 0;
+    for (int j = n_keep - 1; j >= 0; --j) {
+        for (int i = 0; i < counts[j] && next < n_blocks; ++i, ++next) {
+            const int first = by_block[next]*block_size;
+            rank(by_token, block_size, first, importance);
+            for (int k = 0; k < keep_counts[j]; ++k) {
+                kept[n_kept++] = by_token[k];
+            }
+        }
+    }
+    std::sort(kept, kept + n_kept);
+    return n_kept;
+}

@@ -1,0 +1,27 @@
+// Selection of one group on the CPU: importance of every token, then the tokens that stay.
+#pragma once
+
+#include "ops/tca-ops.h"
+
+#include <cstdint>
+#include <vector>
+
+// Scratch that is reused from group to group.
+struct tca_select_scratch {
+    std::vector<double>  keys;    // [n_tokens, head_dim], before RoPE
+    std::vector<double>  mean;    // [head_dim]
+    std::vector<double>  blocks;  // [n_blocks] importance
+    std::vector<int32_t> order;
+};
+
+// Importance of a token: 1 - cos(key, mean key of the group), both before RoPE ("key-diff").
+//   keys [n_tokens, head_dim] f32 as stored, positions [n_tokens], importance [n_tokens] out
+void tca_importance_key_diff(const float * keys, const int32_t * positions, int n_tokens, int head_dim,
+        const tca_rope & rope, int hadamard, tca_select_scratch & scratch, double * importance);
+
+// Ranks the blocks by the sum of their tokens' importance (least redundant first, ties towards the newer block), gives the
+// largest keep count to the first counts[n_keep-1] of them and so on down, and keeps the most important tokens of each
+// block (ties towards the newer token).
+//   counts [n_keep] blocks per keep count; kept [n_tokens] out, increasing. Returns the number of kept tokens.
+int tca_select_tokens(const double * importance, int n_tokens, int block_size, int n_keep, const int32_t * keep_counts,
+        const int32_t * counts, tca_select_scratch & scratch, int32_t * kept);

@@ -1,0 +1,142 @@
+#include "llama-graph-tca.h"
+
+#include "llama-kv-cache-tca.h"
+
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+
+#include <stdexcept>
+
+static bool step_compacts(const llama_kv_cache_tca_context::step & step) {
+    for (const auto & segment : step) {
+        for (const auto & s : segment) {
+            if (s.seg.compacts) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+llm_graph_input_attn_tca::llm_graph_input_attn_tca(const llama_hparams & hparams, const llama_cparams & cparams,
+        const llama_kv_cache_tca_context * mctx) : llm_graph_input_attn_kv(hparams, cparams, nullptr), mctx_tca(mctx) {
+}
+
+void llm_graph_input_attn_tca::set_input(const llama_ubatch * /*ubatch*/) {
+    for (ggml_tensor * t : { self_k_rot, self_v_rot }) {
+        if (t && t->buffer) {
+            ggml_backend_tensor_set(t, mctx_tca->get_kv()->hadamard_matrix(t->ne[0]).data(), 0, ggml_nbytes(t));
+        }
+    }
+    if (!desc->buffer) {
+        return;
+    }
+    GGML_ASSERT(ggml_backend_buffer_is_host(desc->buffer));
+
+    const llama_kv_cache_tca & kv   = *mctx_tca->get_kv();
+    const tca_plan           & plan = kv.get_plan();
+
+    const uint32_t n_layer = plan.n_layer();
+    const uint32_t n_head  = plan.n_head_kv();
+
+    int32_t * d = (int32_t *) desc->data;
+    for (const auto & segment : mctx_tca->get_step()) {
+        for (uint32_t il = 0; il < n_layer; ++il) {
+            for (const auto & s : segment) {
+                for (uint32_t h = 0; h < n_head; ++h, d += TCA_DESC_SIZE) {
+                    const int64_t past   = plan.length(il, h, s.seg.before);
+                    const int32_t config = plan.kept(il, h) == (int32_t) plan.budgets.group_size ? TCA_HEAD_DENSE : plan.config(il, h);
+                    d[TCA_DESC_OFFSET] = s.stream*plan.slots(il) + plan.offset(il, h);
+                    d[TCA_DESC_PAST]   = past;
+                    d[TCA_DESC_TOKEN]  = s.token;
+                    d[TCA_DESC_COUNT]  = s.seg.n_tokens;
+                    d[TCA_DESC_POS]    = s.pos;
+                    d[TCA_DESC_GROUP]  = s.seg.compacts ? plan.next_group_slot(il, h, s.seg.before) : -1;
+                    d[TCA_DESC_CONFIG] = config;
+                    d[TCA_DESC_USED]   = past + s.seg.n_tokens;
+                }
+            }
+        }
+    }
+}
+
+bool llm_graph_input_attn_tca::can_reuse(const llm_graph_params & params) {
+    mctx_tca = static_cast<const llama_kv_cache_tca_context *>(params.mctx);
+
+    return desc->ne[2] == params.ubatch.n_seqs && n_segments == mctx_tca->n_segments(params.ubatch) &&
+        compacts == step_compacts(mctx_tca->get_step());
+}
+
+llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph) {
+    const auto * mctx = dynamic_cast<const llama_kv_cache_tca_context *>(graph.mctx);
+    if (mctx == nullptr) {
+        return nullptr;
+    }
+    const llama_kv_cache_tca & kv   = *mctx->get_kv();
+    const tca_plan           & plan = kv.get_plan();
+
+    auto inp = std::make_unique<llm_graph_input_attn_tca>(graph.hparams, graph.cparams, mctx);
+
+    inp->n_segments = mctx->n_segments(graph.ubatch);
+    inp->compacts   = mctx->get_step().empty() || step_compacts(mctx->get_step());
+    inp->desc = ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_I32, TCA_DESC_SIZE, plan.n_head_kv(), graph.ubatch.n_seqs,
+            (int64_t) inp->n_segments*plan.n_layer());
+    ggml_set_input(inp->desc);
+    ggml_set_name(inp->desc, "tca_desc");
+
+    if (kv.hadamard_k() > 0) {
+        inp->self_k_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, kv.hadamard_k(), kv.hadamard_k());
+        ggml_set_input(inp->self_k_rot);
+        ggml_set_name(inp->self_k_rot, "attn_inp_k_rot");
+    }
+    if (kv.hadamard_v() > 0) {
+        inp->self_v_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, kv.hadamard_v(), kv.hadamard_v());
+        ggml_set_input(inp->self_v_rot);
+        ggml_set_name(inp->self_v_rot, "attn_inp_v_rot");
+    }
+    return static_cast<llm_graph_input_attn_kv *>(graph.res->add_input(std::move(inp)));
+}
+
+ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_input_attn_kv * inp_any, ggml_tensor * q,
+        ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il) {
+    auto * inp = dynamic_cast<llm_graph_input_attn_tca *>(inp_any);
+    if (inp == nullptr) {
+        return nullptr;
+    }
+    if (kq_b || sinks) {
+        throw std::runtime_error("tca: attention biases and learned attention sinks are not supported; "
+                "load with --override-kv tca.enabled=bool:false");
+    }
+
+    ggml_context * ctx = graph.ctx0;
+    ggml_cgraph  * gf  = graph.gf;
+
+    const llama_kv_cache_tca        & kv    = *inp->mctx_tca->get_kv();
+    const tca_plan                  & plan  = kv.get_plan();
+    const llama_kv_cache_tca::layer & layer = kv.get_layer(il);
+
+    const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+    const bool  split   = (int64_t) graph.ubatch.n_seq_tokens*(q->ne[1]/plan.n_head_kv()) <= TCA_ATTN_PARTIAL_ROWS;
+
+    ggml_tensor * cur = nullptr;
+    for (uint32_t i = 0; i < inp->n_segments; ++i) {
+        const int row = i*plan.n_layer() + il;
+
+        ggml_tensor * k = tca_build_append(ctx, layer.k, layer.v, layer.pos, k_cur, v_cur, inp->desc, row);
+        graph.cb(k, "tca_append", il);
+        ggml_build_forward_expand(gf, k);
+
+        cur = split ?
+            tca_build_attn_split(ctx, q, k, layer.v, inp->desc, row, kq_scale, softcap, kv.n_chunks(il), cur) :
+            tca_build_attn      (ctx, q, k, layer.v, inp->desc, row, kq_scale, softcap, cur);
+        graph.cb(cur, "tca_attn", il);
+        ggml_build_forward_expand(gf, cur);
+
+        if (inp->compacts && plan.layer_compacts(il)) {
+            ggml_tensor * compact = tca_build_compact(ctx, layer.k, layer.v, layer.pos, inp->desc, row, &layer.select);
+            graph.cb(compact, "tca_compact", il);
+            ggml_build_forward_expand(gf, compact);
+        }
+    }
+    return ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
+}

@@ -1,0 +1,30 @@
+// Graph side of the ragged cache: the attention input and the nodes of one layer.
+#pragma once
+
+#include "llama-graph.h"
+
+class llama_kv_cache_tca_context;
+
+// Takes the place of the stock attention input. Its only tensors are the descriptor (see ops/tca-ops.h), whose size does not
+// depend on the context length, and the Hadamard matrices of quantized caches.
+class llm_graph_input_attn_tca : public llm_graph_input_attn_kv {
+public:
+    llm_graph_input_attn_tca(const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_tca_context * mctx);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    const llama_kv_cache_tca_context * mctx_tca;
+
+    ggml_tensor * desc = nullptr;  // I32 [TCA_DESC_SIZE, n_head_kv, n_seqs, n_segments*n_layer]
+    uint32_t      n_segments = 0;
+    bool          compacts   = false;  // compaction nodes are in the graph
+};
+
+// nullptr: the context uses the stock cache.
+llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph);
+
+// nullptr: `inp` is the stock input. Else the attention output [head_dim_v*n_head, n_tokens], everything expanded into the
+// graph. Throws std::runtime_error for a bias or attention sinks.
+ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_input_attn_kv * inp, ggml_tensor * q_cur,
+        ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);

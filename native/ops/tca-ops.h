@@ -1,0 +1,94 @@
+// The ggml ops of TCA: append, attend, combine, compact. They are GGML_OP_CUSTOM nodes, so ggml itself needs no new op; a
+// backend that implements them recognises the node by tca_op_of().
+//
+// The ragged store of a layer is three tensors with one row (slot) a token:
+//   k    [head_dim_k, n_slots]  f32, f16, bf16 or quantized     v    [head_dim_v, n_slots]     pos  I32 [n_slots]
+// Each (sequence, KV head) owns a contiguous region of it. What an op does to the regions stands in a descriptor, an I32
+// graph input [TCA_DESC_SIZE, n_head_kv, n_seqs, n_rows], filled by the host before every micro-batch; an op reads one of
+// its rows. Nothing is read back from the device.
+#pragma once
+
+#include "tca.h"
+
+#include "ggml.h"
+
+enum tca_desc_field {
+    TCA_DESC_OFFSET,  // first slot of the region
+    TCA_DESC_PAST,    // slots in use before the tokens of this segment
+    TCA_DESC_TOKEN,   // first token of the segment in the micro-batch
+    TCA_DESC_COUNT,   // tokens of the segment; 0: nothing to do for this sequence
+    TCA_DESC_POS,     // position of the first token; they are consecutive
+    TCA_DESC_GROUP,   // slot in the region where the group to compact after the segment starts; -1: none
+    TCA_DESC_CONFIG,  // row of tca_select_params::configs
+    TCA_DESC_USED,    // slots in use after the segment's tokens (PAST + COUNT)
+    TCA_DESC_SIZE,
+};
+
+// What selection needs to know about a layer. Owned by the cache, outlives every graph that refers to it.
+struct tca_select_params {
+    int32_t         block_size;
+    int32_t         group_size;
+    int32_t         n_keep;
+    const int32_t * keep_counts;  // [n_keep]
+    const int32_t * configs;      // [n_configs, n_keep]
+    struct tca_rope rope;
+    int32_t         hadamard;     // keys were multiplied by Hadamard matrices of this size (quantized caches); 0: not
+};
+
+enum tca_op {
+    TCA_OP_NONE,
+    TCA_OP_APPEND,
+    TCA_OP_ATTN,          // one pass over each region for many queries
+    TCA_OP_ATTN_PARTIAL,  // a few queries: regions cut in chunks of TCA_ATTN_CHUNK slots
+    TCA_OP_ATTN_COMBINE,
+    TCA_OP_COMPACT,
+};
+
+enum {
+    TCA_ATTN_CHUNK        = 512,  // slots a unit of ATTN_PARTIAL works on; results do not depend on the number of threads
+    TCA_ATTN_PARTIAL_ROWS = 64,   // PARTIAL is used up to this many (query token, query head of the GQA group) pairs
+};
+
+// Behind the generic header that ggml_custom_4d writes to op_params.
+struct tca_op_params {
+    uint32_t    magic;
+    int32_t     op;        // enum tca_op
+    int32_t     row;       // row of the descriptor
+    float       scale;
+    float       softcap;
+    int32_t     n_chunks;  // PARTIAL, COMBINE
+};
+
+// TCA_OP_NONE for any other node.
+enum tca_op            tca_op_of        (const struct ggml_tensor * node);
+struct tca_op_params   tca_op_get_params(const struct ggml_tensor * node);
+const tca_select_params * tca_op_select_params(const struct ggml_tensor * node);
+
+// Writes the segment's rows of k_cur and v_cur at the ends of the regions, converted to the store's types, and their positions.
+//   k_cur [head_dim_k, n_head_kv, n_tokens] f32, v_cur likewise; rows contiguous.   Result: view of k.
+struct ggml_tensor * tca_build_append(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * v,
+        struct ggml_tensor * pos, struct ggml_tensor * k_cur, struct ggml_tensor * v_cur, struct ggml_tensor * desc, int row);
+
+// Attention of the segment's queries over the regions, bottom-right causal: token t sees PAST + t + 1 slots.
+//   q [head_dim_k, n_head, n_tokens] f32.   Result [head_dim_v, n_head, n_tokens] f32.
+// dst: result of an earlier segment of the same micro-batch to write into, or NULL. after: the append node (ordering).
+struct ggml_tensor * tca_build_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+        struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, struct ggml_tensor * dst);
+
+// The same for few queries, as two nodes: partial results per chunk of slots, then their combination.
+// n_chunks: chunks of the longest region of the layer.
+struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
+        struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, int n_chunks,
+        struct ggml_tensor * dst);
+
+// Selects the tokens of the group at GROUP that stay, moves them and everything behind the group down. In place.
+// Result: view of k.
+struct ggml_tensor * tca_build_compact(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * v,
+        struct ggml_tensor * pos, struct ggml_tensor * desc, int row, const tca_select_params * params);
+
+// CPU kernels (ggml_custom_op_t).
+void tca_cpu_append      (struct ggml_tensor * dst, int ith, int nth, void * userdata);
+void tca_cpu_attn        (struct ggml_tensor * dst, int ith, int nth, void * userdata);
+void tca_cpu_attn_partial(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+void tca_cpu_attn_combine(struct ggml_tensor * dst, int ith, int nth, void * userdata);
+void tca_cpu_compact     (struct ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -1,0 +1,85 @@
+#include "tca-plan.h"
+
+#include <algorithm>
+
+uint32_t tca_plan_groups_at(const tca_budgets & b, uint32_t n_tokens) {
+    const uint64_t dense = (uint64_t) b.sinks + b.window;
+    return n_tokens < dense ? 0 : (n_tokens - dense)/b.group_size;
+}
+
+int64_t tca_plan_capacity_for(const tca_budgets & b, int32_t kept, uint32_t n_ctx) {
+    const int64_t freed = (int64_t) b.group_size - kept;
+    if (n_ctx == 0) {
+        return 0;
+    }
+    // A region is longest right before a compaction, or at the very end. Lengths at successive compactions rise by `kept`
+    // (>= 0), so the last one before n_ctx and n_ctx itself are the only candidates. A rollback only ever leaves more groups
+    // compacted for the same number of tokens, hence a shorter region.
+    const int64_t n_last    = tca_plan_groups_at(b, n_ctx);
+    int64_t       capacity  = (int64_t) n_ctx - n_last*freed;
+    if (n_last > 0) {
+        const int64_t t = (int64_t) b.sinks + b.window + n_last*b.group_size;
+        capacity = std::max(capacity, t - (n_last - 1)*freed);
+    }
+    return capacity;
+}
+
+tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::move(data)), n_ctx_seq(n_ctx_seq) {
+    const tca_budgets b = budgets.view();
+    const size_t n = (size_t) b.n_layer*b.n_head_kv;
+
+    kept_counts.resize(n);
+    capacities.resize(n);
+    offsets.resize(n);
+    layer_slots.assign(b.n_layer, 0);
+    layer_selects.assign(b.n_layer, false);
+
+    for (uint32_t il = 0; il < b.n_layer; ++il) {
+        for (uint32_t h = 0; h < b.n_head_kv; ++h) {
+            const size_t i = index(il, h);
+            kept_counts[i] = tca_config_kept(b, b.head_config[i]);
+            capacities[i]  = tca_plan_capacity_for(b, kept_counts[i], n_ctx_seq);
+            offsets[i]     = layer_slots[il];
+            layer_slots[il] += capacities[i];
+            if (kept_counts[i] != (int32_t) b.group_size) {
+                layer_selects[il] = true;
+                selects           = true;
+            }
+        }
+    }
+}
+
+int64_t tca_plan::length(uint32_t layer, uint32_t head, const tca_seq_state & s) const {
+    return (int64_t) s.n_tokens - (int64_t) s.n_groups*((int64_t) budgets.group_size - kept(layer, head));
+}
+
+int64_t tca_plan::next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & s) const {
+    return (int64_t) budgets.sinks + (int64_t) s.n_groups*kept(layer, head);
+}
+
+uint32_t tca_plan::n_fixed(const tca_seq_state & s) const {
+    return s.n_groups == 0 ? 0 : budgets.sinks + s.n_groups*budgets.group_size;
+}
+
+std::vector<tca_segment> tca_plan::advance(tca_seq_state & s, uint32_t n_tokens) const {
+    std::vector<tca_segment> res;
+    while (n_tokens > 0) {
+        tca_segment seg = { s, n_tokens, false };
+        if (selects) {
+            const uint64_t next = (uint64_t) budgets.sinks + budgets.window + (uint64_t) (s.n_groups + 1)*budgets.group_size;
+            if (s.n_tokens + (uint64_t) n_tokens >= next) {
+                seg.n_tokens = next - s.n_tokens;
+                seg.compacts = true;
+            }
+        }
+        res.push_back(seg);
+        s.n_tokens += seg.n_tokens;
+        s.n_groups += seg.compacts ? 1 : 0;
+        n_tokens   -= seg.n_tokens;
+    }
+    return res;
+}
+
+uint32_t tca_plan::max_segments(uint32_t n_tokens) const {
+    return selects ? 1 + (n_tokens + budgets.group_size - 1)/budgets.group_size : 1;
+}

@@ -1,0 +1,81 @@
+// The plan: how many slots every region needs and holds. Integers only, no model, no tensors.
+//
+// A sequence keeps two counters: T, the tokens processed, and n_c, the groups compacted. Group g holds the tokens
+// [sinks + g*G, sinks + (g+1)*G) and is compacted as soon as T reaches sinks + window + (g+1)*G. What a query sees depends
+// therefore on its index alone, never on how the tokens were cut into micro-batches. A head that keeps m of the G tokens of
+// a group has T - n_c*(G - m) slots in use; a dense head has m = G.
+#pragma once
+
+#include "budgets/tca-budgets.h"
+
+#include <cstdint>
+#include <vector>
+
+// Counters of one sequence.
+struct tca_seq_state {
+    uint32_t n_tokens = 0;   // T
+    uint32_t n_groups = 0;   // n_c
+};
+
+// A run of tokens of one sequence that ends at the latest where a group is compacted.
+struct tca_segment {
+    tca_seq_state before;    // counters when it starts
+    uint32_t      n_tokens;  // tokens appended, >= 1
+    bool          compacts;  // group before.n_groups is compacted after them
+};
+
+class tca_plan {
+public:
+    tca_plan(tca_budgets_data budgets, uint32_t n_ctx_seq);
+
+    const tca_budgets_data budgets;
+    const uint32_t         n_ctx_seq;
+
+    uint32_t n_layer()   const { return budgets.n_layer;   }
+    uint32_t n_head_kv() const { return budgets.n_head_kv; }
+
+    // Slots of the region, fixed for the life of the cache.
+    int64_t capacity(uint32_t layer, uint32_t head) const { return capacities[index(layer, head)]; }
+
+    // First slot of the region inside one sequence's part of the layer's store, and the size of that part.
+    int64_t offset(uint32_t layer, uint32_t head) const { return offsets[index(layer, head)]; }
+    int64_t slots (uint32_t layer)                const { return layer_slots[layer]; }
+
+    // Slots in use.
+    int64_t length(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
+
+    // Tokens kept of a group.
+    int32_t kept(uint32_t layer, uint32_t head) const { return kept_counts[index(layer, head)]; }
+
+    int32_t config(uint32_t layer, uint32_t head) const { return budgets.head_config[index(layer, head)]; }
+
+    bool layer_compacts(uint32_t layer) const { return layer_selects[layer]; }
+
+    // First slot, in any region, of the group that is compacted next (the same for every head only if it keeps the same).
+    int64_t next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
+
+    // Number of leading tokens that can no longer be removed one by one: 0 if nothing was compacted.
+    uint32_t n_fixed(const tca_seq_state & state) const;
+
+    // Cuts n_tokens into segments and moves the state past them.
+    std::vector<tca_segment> advance(tca_seq_state & state, uint32_t n_tokens) const;
+
+    // Most segments that n_tokens tokens of one sequence can be cut into.
+    uint32_t max_segments(uint32_t n_tokens) const;
+
+private:
+    size_t index(uint32_t layer, uint32_t head) const { return (size_t) layer*budgets.n_head_kv + head; }
+
+    bool                 selects = false;  // some head is not dense
+    std::vector<bool>    layer_selects;
+    std::vector<int32_t> kept_counts;      // [n_layer, n_head_kv]
+    std::vector<int64_t> capacities;       // [n_layer, n_head_kv]
+    std::vector<int64_t> offsets;          // [n_layer, n_head_kv]
+    std::vector<int64_t> layer_slots;      // [n_layer]
+};
+
+// Groups compacted after n_tokens tokens without any rollback.
+uint32_t tca_plan_groups_at(const tca_budgets & budgets, uint32_t n_tokens);
+
+// Largest region length over all sequences of up to n_ctx tokens, for a head that keeps `kept` tokens of a group.
+int64_t tca_plan_capacity_for(const tca_budgets & budgets, int32_t kept, uint32_t n_ctx);
