@@ -1,0 +1,174 @@
+"""The error that each configuration causes in each KV head, from one layer's Q, K and V.
+
+For a query, ``o`` is the dense attention output and ``o_hat`` the output over the tokens it sees under the configuration
+(`stream.visible`); the error is ``||o - o_hat|| / ||o||``. Scoring is the same for all configurations and the most
+important blocks keep most, so a configuration is a sum of prefixes: the first ``N_j`` blocks of every group contribute
+the tokens that separate ``keep_counts[j-1]`` from ``keep_counts[j]``. The sums over groups are formed once for a head;
+after that a configuration costs n_keep additions whatever the length of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .stream import GroupOrder, Layout, blocks_at_least
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """error, dropped: float32 [n_configs, n_rep, n_queries]: relative output error, and dense attention mass not kept."""
+
+    error: np.ndarray
+    dropped: np.ndarray
+
+
+def head_errors(
+    q: np.ndarray,
+    queries: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    softcap: float,
+    layout: Layout,
+    orders: Sequence[GroupOrder],
+    keep_counts: Sequence[int],
+    configs: np.ndarray,
+) -> HeadErrors:
+    """Evaluates all configurations for one KV head.
+
+    q: [n_rep, n_queries, head_dim_k], the sampled queries of the query heads that share this KV head, float32
+    queries: [n_queries], their indices in the text
+    k, v: [n_kv, head_dim], keys and values of the text from its first token on
+    orders: order of each group that some query sees compacted
+    configs: [n_configs, n_keep]
+    """
+    n_rep, n_queries, dk = q.shape
+    dv = v.shape[1]
+    n_kv = int(queries.max()) + 1
+    rows = n_rep * n_queries
+    n_compacted = np.array([layout.compacted(int(i)) for i in queries])
+    n_groups = int(n_compacted.max())
+
+    # e[j, r] = exp(score of token j for query row r), 0 above the diagonal; one column is one query of one query head
+    e = (k[:n_kv] @ (q.reshape(rows, dk).T * np.float32(scale))).astype(np.float32, copy=False)
+    if softcap:
+        e = np.float32(softcap) * np.tanh(e / np.float32(softcap))
+    row_query = np.tile(queries, n_rep)
+    future = np.arange(n_kv)[:, None] > row_query[None, :]
+    e[future] = -np.inf
+    e -= e.max(axis=0)
+    np.exp(e, out=e)
+    values = np.concatenate([v[:n_kv], np.ones((n_kv, 1), np.float32)], axis=1)  # the last column sums the weights
+
+    # tokens of groups a row sees compacted go to the ranked part, all others to the dense part
+    boundary = layout.sinks + np.tile(n_compacted, n_rep) * layout.group_size
+    token = np.arange(n_kv)[:, None]
+    is_core = (token >= layout.sinks) & (token < boundary[None, :])
+    dense_part = np.where(is_core, np.float32(0), e).T @ values  # [rows, dv + 1]
+    first, last = layout.sinks, layout.sinks + n_groups * layout.group_size
+    core = np.where(is_core[first:last], e[first:last], np.float32(0))
+
+    n_blocks, n_keep = layout.n_blocks, len(keep_counts)
+    prefix = np.zeros((n_keep, n_blocks + 1, rows, dv + 1), np.float32)
+    ranked = np.stack([o.tokens + g * layout.group_size for g, o in enumerate(orders[:n_groups])])  # [g, rank, b]
+    lower = 0
+    for j, upper in enumerate(keep_counts):
+        if upper > lower:
+            index = ranked[:, :, lower:upper].transpose(1, 0, 2).reshape(n_blocks, -1)
+            for r in range(n_blocks):
+                weights = core[index[r]]
+                np.matmul(weights.T, values[first + index[r]], out=prefix[j, r + 1])
+            np.cumsum(prefix[j], axis=0, out=prefix[j])
+        lower = upper
+    if lower < layout.block_size:  # keep counts that stop below b: the rest belongs to the dense output only
+        index = ranked[:, :, lower:].reshape(-1)
+        rest = core[index].T @ values[first + index]
+    else:
+        rest = 0.0
+
+    full = dense_part + prefix[:, n_blocks].sum(axis=0) + rest
+    out = full[:, :dv] / full[:, dv:]
+    norm = np.maximum(np.linalg.norm(out, axis=1), np.float32(1e-20))
+    error = np.empty((len(configs), rows), np.float32)
+    dropped = np.empty((len(configs), rows), np.float32)
+    for c, n_at_least in enumerate(blocks_at_least(configs)):
+        part = dense_part.copy()
+        for j in range(n_keep):
+            part += prefix[j, n_at_least[j]]
+        mass = np.maximum(part[:, dv:], np.float32(1e-30))
+        error[c] = np.linalg.norm(part[:, :dv] / mass - out, axis=1) / norm
+        dropped[c] = np.maximum(1.0 - part[:, dv] / full[:, dv], 0.0)
+    shape = (len(configs), n_rep, n_queries)
+    return HeadErrors(error=error.reshape(shape), dropped=dropped.reshape(shape))
+
+
+@dataclass
+class ErrorTable:
+    """Running means over all evaluated queries.
+
+    error, dropped: float64 [n_kind, n_layer, n_head_kv, n_configs], sums until `mean` is asked for.
+    """
+
+    kinds: tuple[str, ...]
+    layout: Layout
+    keep_counts: tuple[int, ...]
+    configs: np.ndarray
+    n_layer: int
+    n_head_kv: int
+
+    def __post_init__(self) -> None:
+        shape = (len(self.kinds), self.n_layer, self.n_head_kv, len(self.configs))
+        self.error_sum = np.zeros(shape)
+        self.dropped_sum = np.zeros(shape)
+        self.count = np.zeros((len(self.kinds), self.n_layer), dtype=np.int64)
+        self._orders: dict[tuple[int, int], list[GroupOrder]] = {}
+
+    def add_layer(
+        self,
+        layer: int,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        first_query: int,
+        queries: np.ndarray,
+        kind_of: np.ndarray,
+        scale: float,
+        softcap: float,
+        order: Callable[[np.ndarray, int], GroupOrder],
+    ) -> None:
+        """Evaluates one layer of one micro-batch.
+
+        q: [n_head, n_tokens, head_dim_k], token 0 of it is ``first_query`` of the text; k, v: [n_head_kv, n_kv, head_dim]
+        queries: sampled indices, all inside this micro-batch; kind_of: [len(queries)], index into ``kinds``
+        order(keys [G, head_dim_k], first position): ranks one group
+        """
+        if len(queries) == 0:
+            return
+        n_rep = q.shape[0] // self.n_head_kv
+        n_groups = self.layout.compacted(int(queries.max()))
+        for h in range(self.n_head_kv):
+            # groups are ranked once and remembered for later micro-batches
+            orders = self._orders.setdefault((layer, h), [])
+            for g in range(len(orders), n_groups):
+                span = self.layout.group(g)
+                orders.append(order(k[h, span], span.start))
+            sampled = q[h * n_rep : (h + 1) * n_rep, queries - first_query]
+            result = head_errors(np.ascontiguousarray(sampled), queries, k[h], v[h], scale, softcap, self.layout, orders,
+                                 self.keep_counts, self.configs)
+            for kind in range(len(self.kinds)):
+                mine = kind_of == kind
+                self.error_sum[kind, layer, h] += result.error[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
+                self.dropped_sum[kind, layer, h] += result.dropped[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
+        for kind in range(len(self.kinds)):
+            self.count[kind, layer] += int((kind_of == kind).sum())
+
+    def mean_error(self) -> np.ndarray:
+        """Mean relative output error, float64 [n_kind, n_layer, n_head_kv, n_configs]; kinds without queries are 0."""
+        return self.error_sum / np.maximum(self.count, 1)[:, :, None, None]
+
+    def mean_dropped(self) -> np.ndarray:
+        """Mean attention mass that selection drops, same shape."""
+        return self.dropped_sum / np.maximum(self.count, 1)[:, :, None, None]

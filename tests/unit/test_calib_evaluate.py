@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_select import importance
+
+from tca_gguf.calib.configs import config_grid
+from tca_gguf.calib.evaluate import ErrorTable, head_errors
+from tca_gguf.calib.stream import Layout, kept_tokens, order_group, visible
+
+LAYOUT = Layout(block_size=4, group_size=16, window=12, sinks=4)
+KEEP = (1, 2, 4)
+
+
+def naive(q, queries, k, v, scale, softcap, layout, orders, keep_counts, counts):
+    """Error and dropped mass over the visible sets, token by token in float64."""
+    error, dropped = np.zeros(q.shape[:2]), np.zeros(q.shape[:2])
+    kept = [kept_tokens(o, keep_counts, counts) for o in orders]
+    for r in range(q.shape[0]):
+        for i, query in enumerate(queries):
+            s = k[: query + 1].astype(np.float64) @ q[r, i].astype(np.float64) * scale
+            if softcap:
+                s = softcap * np.tanh(s / softcap)
+            p = np.exp(s - s.max())
+            p /= p.sum()
+            o = p @ v[: query + 1].astype(np.float64)
+            seen = visible(layout, int(query), kept)
+            mass = p[seen].sum()
+            hat = p[seen] @ v[seen].astype(np.float64) / mass
+            error[r, i] = np.linalg.norm(o - hat) / np.linalg.norm(o)
+            dropped[r, i] = 1 - mass
+    return error, dropped
+
+
+def example(seed, n=90, n_rep=2, dk=8, dv=6, sharp=1.0):
+    rng = np.random.default_rng(seed)
+    q = (rng.standard_normal((n_rep, n, dk)) * sharp).astype(np.float32)
+    k = rng.standard_normal((n, dk)).astype(np.float32)
+    v = (rng.standard_normal((n, dv)) + 0.5).astype(np.float32)
+    return q, k, v
+
+
+def orders_of(k, layout, n_groups):
+    return [order_group(importance(k[layout.group(g)].astype(np.float64)).astype(np.float32), layout.block_size)
+            for g in range(n_groups)]  # fmt: skip
+
+
+@given(seed=st.integers(0, 2**32 - 1), softcap=st.sampled_from([0.0, 2.0]), sharp=st.sampled_from([0.2, 1.0, 6.0]))
+@settings(max_examples=25, deadline=None)
+def test_equals_the_definition(seed, softcap, sharp):
+    q, k, v = example(seed, sharp=sharp)
+    queries = np.array([3, 31, 32, 47, 48, 63, 64, 80, 89])  # on both sides of the boundaries
+    orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
+    configs = config_grid(LAYOUT.n_blocks, KEEP)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, softcap, LAYOUT, orders, KEEP, configs)
+    for c, counts in enumerate(configs):
+        error, dropped = naive(q[:, queries], queries, k, v, 0.35, softcap, LAYOUT, orders, KEEP, counts)
+        np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
+        np.testing.assert_allclose(got.dropped[c], dropped, atol=2e-6)
+    assert got.error[:, :, :2].max() < 1e-6  # nothing is evicted yet
+
+
+@pytest.mark.parametrize("keep", [(1, 2), (0, 4), (0, 1, 3)])
+def test_other_keep_counts(keep):
+    q, k, v = example(7)
+    queries = np.array([40, 70, 89])
+    orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
+    configs = config_grid(LAYOUT.n_blocks, keep)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, keep, configs)
+    for c, counts in enumerate(configs):
+        error, dropped = naive(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, keep, counts)
+        np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
+        np.testing.assert_allclose(got.dropped[c], dropped, atol=2e-6)
+
+
+def test_a_lost_needle_is_an_error_of_one():
+    # one key aligned with the query carries everything; the configuration that drops it loses all of the output
+    q, k, v = example(1, n_rep=1)
+    target = LAYOUT.group(1).start + 5
+    k[target] = 30 * q[0, 89] / np.linalg.norm(q[0, 89])
+    v[target] = -50
+    orders = orders_of(k, LAYOUT, 3)
+    scores = np.ones(16, np.float32)
+    scores[5] = 0  # the least important token
+    orders[1] = order_group(scores, 4)
+    got = head_errors(q[:, [89]], np.array([89]), k, v, 1.0, 0.0, LAYOUT, orders, KEEP, np.array([[4, 0, 0], [0, 0, 4]]))
+    assert got.error[0, 0, 0] > 0.9 and got.dropped[0, 0, 0] > 0.99
+    assert got.error[1, 0, 0] < 1e-5
+
+
+def table(layout=LAYOUT, n_layer=1, n_head_kv=2):
+    return ErrorTable(("prose", "answer"), layout, KEEP, config_grid(layout.n_blocks, KEEP), n_layer, n_head_kv)
+
+
+def run_table(q, k, v, queries, kinds, step):
+    """Feeds a text in micro-batches of ``step`` tokens, as the capture does."""
+    t, n = table(), q.shape[1]
+    rank = lambda keys, first: order_group(importance(keys.astype(np.float64)).astype(np.float32), 4)  # noqa: E731
+    for start in range(0, n, step):
+        end = min(n, start + step)
+        mine = (queries >= start) & (queries < end)
+        t.add_layer(0, q[:, start:end], k[:, :end], v[:, :end], start, queries[mine], kinds[mine], 0.35, 0.0, rank)
+    return t
+
+
+def test_micro_batches_do_not_matter():
+    rng = np.random.default_rng(3)
+    q = rng.standard_normal((4, 90, 8)).astype(np.float32)
+    k, v = rng.standard_normal((2, 90, 8)).astype(np.float32), rng.standard_normal((2, 90, 6)).astype(np.float32)
+    queries, kinds = np.array([32, 40, 50, 64, 77, 89]), np.array([0, 1, 0, 0, 1, 1])
+    whole, parts = run_table(q, k, v, queries, kinds, 90), run_table(q, k, v, queries, kinds, 17)
+    assert whole.count.tolist() == parts.count.tolist() == [[3], [3]]
+    np.testing.assert_allclose(whole.mean_error(), parts.mean_error(), atol=1e-6)
+    np.testing.assert_allclose(whole.mean_dropped(), parts.mean_dropped(), atol=1e-6)
+    # and the mean is the mean over queries and query heads
+    orders = orders_of(k[1], LAYOUT, LAYOUT.compacted(89))
+    error, _ = naive(q[2:4][:, [32, 50, 64]], [32, 50, 64], k[1], v[1], 0.35, 0.0, LAYOUT, orders, KEEP, whole.configs[2])
+    assert whole.mean_error()[0, 0, 1, 2] == pytest.approx(error.mean(), abs=1e-5)
+
+
+def test_no_queries_is_no_error():
+    t = table()
+    empty = np.zeros(0, np.int64)
+    t.add_layer(0, np.zeros((4, 9, 8), np.float32), None, None, 0, empty, empty, 1.0, 0.0, None)
+    assert t.mean_error().max() == 0.0
