@@ -1,0 +1,18 @@
+"""Calibration: measures what each attention head can spare and spends a cache budget accordingly.
+
+texts, facts   the calibration text: prose, code, records, planted facts and later questions
+runtime        a model and a context of the patched runtime
+capture        one forward pass, each layer's Q, K, V evaluated in the callback
+stream         the runtime's streaming rule: which tokens a query sees
+configs        the log-Gaussian family of configurations
+evaluate       output error and dropped attention mass per head and configuration
+allocate       one configuration a head at a target mean kept fraction
+pipeline       all of it in order
+needles        retrieval of planted facts, dense and evicted
+"""
+
+from __future__ import annotations
+
+from .pipeline import DEFAULT_KEEP, DEFAULT_TOKENS, Measurement, calibrate, choose_budgets, measure
+
+__all__ = ["DEFAULT_KEEP", "DEFAULT_TOKENS", "Measurement", "calibrate", "choose_budgets", "measure"]

@@ -1,0 +1,171 @@
+"""From a model file to head budgets: text -> forward pass -> error per head and configuration -> allocation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tca_gguf.errors import TcaError
+
+from .allocate import DENSE, allocate
+from .capture import Progress, run_capture
+from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
+from .evaluate import ErrorTable
+from .runtime import Session
+from .stream import Layout
+from .texts import KINDS, CalibrationText, compose, shortest_text
+
+if TYPE_CHECKING:
+    from tca_gguf.budgets import Budgets
+
+DEFAULT_KEEP = 0.39
+DEFAULT_TOKENS = 6144
+# The kinds of queries are put on one scale by their mean error under this configuration, then added (prototype.md, 3).
+YARDSTICK = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one forward pass measured; every budget for this model and text follows from it.
+
+    error, dropped: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error and dropped mass.
+    """
+
+    layout: Layout
+    keep_counts: tuple[int, ...]
+    configs: np.ndarray
+    metric: str
+    seed: int
+    kinds: tuple[str, ...]
+    error: np.ndarray
+    dropped: np.ndarray
+    n_tokens: int
+    text_sha256: str
+
+    def combined(self) -> np.ndarray:
+        """What allocation minimises, [n_layer, n_head_kv, n_configs]: the kinds' errors on one scale, averaged."""
+        yard = np.array(integer_counts(*YARDSTICK, self.layout.n_blocks, self.keep_counts))
+        row = int(np.flatnonzero((self.configs == yard).all(axis=1))[0])
+        level = self.error[:, :, :, row].mean(axis=(1, 2))
+        used = level > 0
+        if not used.any():
+            return self.error.mean(axis=0)
+        return (self.error[used] / level[used][:, None, None, None]).mean(axis=0) * level[used].mean()
+
+    def head_error(self) -> np.ndarray:
+        """Relative output error averaged over the kinds that had queries, [n_layer, n_head_kv, n_configs]."""
+        used = self.error.max(axis=(1, 2, 3)) > 0
+        return self.error[used].mean(axis=0) if used.any() else self.error.mean(axis=0)
+
+
+def measure(
+    model_path: str | os.PathLike[str],
+    *,
+    texts: Sequence[str] | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    n_threads: int | None = None,
+    layout: Layout | None = None,
+    keep_counts: tuple[int, ...] = KEEP_COUNTS,
+    configs: np.ndarray | None = None,
+    metric: str = "key-diff",
+    n_ubatch: int | None = None,
+) -> Measurement:
+    """One forward pass over the calibration text, see `calibrate` for the arguments."""
+    layout = layout or Layout()
+    configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
+    stock = {"tca.enabled": False}
+    # a short context is enough to tokenize and to learn the model's shape
+    with Session(model_path, 32, n_threads=n_threads, overrides=stock) as session:
+        wanted = min(tokens or DEFAULT_TOKENS, session.n_ctx_train)
+        if wanted < shortest_text(layout) and session.n_ctx_train < shortest_text(layout):
+            raise TcaError(
+                f"{session.path}: its context of {session.n_ctx_train} tokens is too short to evict anything "
+                f"(sinks + window + group = {layout.first_evicting}); it runs dense as it is"
+            )
+        text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
+        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv)
+
+    def session_for(capture: object) -> Session:
+        n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
+        return Session(model_path, n_ctx, n_ubatch=n_ubatch or n_ctx, n_threads=n_threads, overrides=stock, capture=capture)
+
+    run_capture(session_for, table, text, metric, progress)
+    return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
+                       len(text.tokens), text.sha256)  # fmt: skip
+
+
+def choose_budgets(m: Measurement, keep: float = DEFAULT_KEEP, max_error: float | None = None) -> Budgets:
+    """Budgets at a target mean kept fraction of the evicted region; ``max_error`` caps any head's error besides."""
+    from tca_gguf.budgets import Budgets, Calibration
+
+    kept = kept_per_group(m.configs, m.keep_counts)
+    n_layer, n_head_kv, n_configs = m.combined().shape
+    errors = m.head_error().reshape(-1, n_configs)
+    result = allocate(m.combined().reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error)
+
+    # only the configurations in use go into the file
+    rows = sorted(set(result.choice.tolist()) - {DENSE})
+    renumber = {DENSE: DENSE, **{row: i for i, row in enumerate(rows)}}
+    head_config = np.array([renumber[c] for c in result.choice.tolist()], dtype=np.int32).reshape(n_layer, n_head_kv)
+    head_errors = np.array([0.0 if c == DENSE else errors[h, c] for h, c in enumerate(result.choice.tolist())])
+    return Budgets(
+        version=1,
+        block_size=m.layout.block_size,
+        group_size=m.layout.group_size,
+        window=m.layout.window,
+        sinks=m.layout.sinks,
+        metric=m.metric,
+        keep_counts=m.keep_counts,
+        configs=m.configs[rows].astype(np.int32).reshape(len(rows), len(m.keep_counts)),
+        head_config=head_config,
+        kept_fraction=result.kept / (m.layout.group_size * len(result.choice)),
+        enabled=True,
+        calibration=Calibration(
+            tokens=m.n_tokens,
+            text_sha256=m.text_sha256,
+            target=keep,
+            seed=m.seed,
+            errors=head_errors.reshape(n_layer, n_head_kv).astype(np.float32),
+        ),
+    )
+
+
+def calibrate(
+    model_path: str | os.PathLike[str],
+    *,
+    keep: float = DEFAULT_KEEP,
+    texts: Sequence[str] | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    n_threads: int | None = None,
+    block_size: int = 16,
+    group_size: int = 512,
+    window: int = 496,
+    sinks: int = 16,
+    metric: str = "key-diff",
+    max_error: float | None = None,
+) -> Budgets:
+    """Budgets for every head of a model, from one forward pass.
+
+    keep: target mean kept fraction of the evicted region, in (0, 1]
+    texts: documents in place of the package's own; facts are planted in them too
+    tokens: length of the calibration text (default 6144), clamped to the model's context
+    seed: of the planted facts
+    progress(done, total, label): called after each layer of each micro-batch
+    Raises TcaError: unreadable model, an architecture without plain attention, a text or context too short to evict.
+    The same model, text, tokens and seed give the same budgets.
+    """
+    if not 0 < keep <= 1:
+        raise TcaError(f"keep is {keep}; it must be above 0 and at most 1")
+    layout = Layout(block_size, group_size, window, sinks)
+    keep_counts = tuple(2**i for i in range(block_size.bit_length()) if 2**i <= block_size)
+    measured = measure(model_path, texts=texts, tokens=tokens, seed=seed, progress=progress, n_threads=n_threads,
+                       layout=layout, keep_counts=keep_counts, metric=metric)  # fmt: skip
+    return choose_budgets(measured, keep, max_error)

@@ -1,0 +1,175 @@
+"""A model and a context of the patched runtime, as calibration and the needle test need them: one sequence, plain decode."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tca_gguf.errors import TcaError
+
+
+def default_threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+class Session:
+    """Loads a model and makes a context for one sequence of at most ``n_ctx`` tokens.
+
+    overrides: GGUF keys to override at load, ``{"tca.enabled": False}`` for the stock cache.
+    capture: a `native.Capture`, called with each layer's attention inputs.
+    n_ctx 0: the context the model was trained with. Flash attention is on. Raises TcaError if loading fails.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        n_ctx: int = 0,
+        *,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        overrides: Mapping[str, bool | int | float] | None = None,
+        capture: Any = None,
+        type_k: int | None = None,
+        type_v: int | None = None,
+    ) -> None:
+        from tca_gguf import llama
+
+        self._lib = lib = llama.load().llama_cpp  # the layer of plain ctypes functions
+        self.path = Path(model_path)
+        self._model = self._ctx = None
+        if not self.path.is_file():
+            raise TcaError(f"{self.path}: no such file")
+        self._capture = capture  # its address is inside the context: it must outlive it
+        self._model_params(overrides or {})
+        self._model = lib.llama_model_load_from_file(str(self.path).encode(), self._mparams)
+        if not self._model:
+            self._model = None
+            raise TcaError(f"{self.path}: llama.cpp cannot load this model; its log says why")
+        self.vocab = lib.llama_model_get_vocab(self._model)
+        self.n_layer = int(lib.llama_model_n_layer(self._model))
+        self.n_head_kv = int(lib.llama_model_n_head_kv(self._model))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx or self.n_ctx_train
+        params.n_batch = params.n_ubatch = min(n_ubatch, params.n_ctx)
+        params.n_seq_max = 1
+        params.n_outputs_max = 1  # logits of one token: a buffer of n_ubatch x n_vocab floats less
+        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if type_k is not None:
+            params.type_k = type_k
+        if type_v is not None:
+            params.type_v = type_v
+        if capture is not None:
+            params.cb_eval = ctypes.cast(capture.eval_ptr, type(params.cb_eval))
+            params.cb_eval_user_data = capture.handle
+        self.n_batch = int(params.n_batch)
+        self._ctx = lib.llama_init_from_model(self._model, params)
+        if not self._ctx:
+            self._ctx = None
+            self.close()
+            raise TcaError(f"{self.path}: cannot create a context of {n_ctx} tokens; a smaller one needs less memory")
+        self._memory = lib.llama_get_memory(self._ctx)
+
+    def _model_params(self, overrides: Mapping[str, bool | int | float]) -> None:
+        lib = self._lib
+        self._mparams = lib.llama_model_default_params()
+        self._overrides = (lib.llama_model_kv_override * (len(overrides) + 1))()  # an empty key ends the array
+        for entry, (key, value) in zip(self._overrides, overrides.items(), strict=False):
+            entry.key = key.encode()
+            if isinstance(value, bool):
+                entry.tag, entry.value.val_bool = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+            elif isinstance(value, int):
+                entry.tag, entry.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
+            else:
+                entry.tag, entry.value.val_f64 = lib.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
+        self._mparams.kv_overrides = self._overrides
+
+    @property
+    def address(self) -> int:
+        """Address of the llama_context, as `native` takes it."""
+        return int(self._ctx if isinstance(self._ctx, int) else ctypes.cast(self._ctx, ctypes.c_void_p).value or 0)
+
+    def tokenize(self, text: str, first: bool = False, special: bool = False) -> list[int]:
+        """Token ids. first: with the tokens that start a sequence; special: control tokens in the text are recognised."""
+        raw = text.encode("utf-8")
+        room = len(raw) + 8
+        buffer = (self._lib.llama_token * room)()
+        n = self._lib.llama_tokenize(self.vocab, raw, len(raw), buffer, room, first, special)
+        if n < 0:
+            raise TcaError(f"{self.path}: the tokenizer failed on {text[:40]!r}")
+        return list(buffer[:n])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        parts = []
+        for token in tokens:
+            buffer = ctypes.create_string_buffer(256)
+            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, True)
+            parts.append(buffer.raw[: max(n, 0)])
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Appends tokens to the sequence, in batches of n_batch."""
+        for start in range(0, len(tokens), self.n_batch):
+            part = [int(t) for t in tokens[start : start + self.n_batch]]
+            array = (self._lib.llama_token * len(part))(*part)
+            status = self._lib.llama_decode(self._ctx, self._lib.llama_batch_get_one(array, len(part)))
+            if status != 0:
+                raise TcaError(f"{self.path}: llama_decode failed with status {status} after {start} tokens")
+
+    def logits(self) -> np.ndarray:
+        """Logits of the last token, float32 [n_vocab] (a copy)."""
+        return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._ctx, -1), shape=(self.n_vocab,)).copy()
+
+    def is_end(self, token: int) -> bool:
+        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+
+    def length(self) -> int:
+        """Tokens in the sequence."""
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, 0)) + 1
+
+    def clear(self) -> None:
+        self._lib.llama_memory_clear(self._memory, True)
+
+    def remove_tail(self, n_tokens: int) -> bool:
+        """Cuts the sequence back to ``n_tokens``. False (and nothing changed) if the cache cannot forget that much."""
+        return bool(self._lib.llama_memory_seq_rm(self._memory, 0, n_tokens, -1))
+
+    def save(self) -> bytes:
+        """The sequence's whole state."""
+        size = self._lib.llama_state_seq_get_size(self._ctx, 0)
+        buffer = (ctypes.c_uint8 * size)()
+        written = self._lib.llama_state_seq_get_data(self._ctx, buffer, size, 0)
+        if written == 0:
+            raise TcaError(f"{self.path}: the state of the sequence cannot be saved")
+        return bytes(memoryview(buffer)[:written])
+
+    def restore(self, state: bytes) -> None:
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if self._lib.llama_state_seq_set_data(self._ctx, buffer, len(state), 0) == 0:
+            raise TcaError(f"{self.path}: the state of the sequence cannot be restored")
+
+    def close(self) -> None:
+        if self._ctx is not None:
+            self._lib.llama_free(self._ctx)
+            self._ctx = None
+        if self._model is not None:
+            self._lib.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,146 @@
+"""The steps of calibration put together, over a made-up model in place of the runtime."""
+
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from reference_select import importance
+
+from tca_gguf.calib.capture import run_capture
+from tca_gguf.calib.configs import config_grid, kept_per_group
+from tca_gguf.calib.evaluate import ErrorTable
+from tca_gguf.calib.pipeline import Measurement, choose_budgets
+from tca_gguf.calib.stream import Layout
+from tca_gguf.calib.texts import KINDS, CalibrationText
+from tca_gguf.errors import TcaError
+
+LAYOUT = Layout(block_size=4, group_size=16, window=12, sinks=4)
+KEEP = (1, 2, 4)
+N_LAYER, N_HEAD, N_HEAD_KV, DIM = 3, 4, 2, 8
+
+
+def measurement(seed=0, kinds=KINDS):
+    """Errors that fall with the kept tokens, at a level of their own for every head and kind."""
+    rng = np.random.default_rng(seed)
+    configs = config_grid(LAYOUT.n_blocks, KEEP)
+    falling = 1 - kept_per_group(configs, KEEP) / LAYOUT.group_size
+    level = rng.random((len(kinds), 5, 2, 1)) ** 3
+    error = level * falling * (1 + 0.1 * rng.random((len(kinds), 5, 2, len(configs))))
+    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, 100, "00" * 32)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.39, 0.6, 1.0])
+def test_budgets_meet_the_target(keep):
+    budgets = choose_budgets(measurement(), keep)
+    fractions = budgets.head_kept_fraction()
+    assert fractions.mean() == pytest.approx(budgets.kept_fraction) and keep - 0.05 < fractions.mean() <= keep + 1e-9
+    assert (budgets.configs.sum(axis=1) == LAYOUT.n_blocks).all()
+    assert budgets.head_config.max() < len(budgets.configs) and budgets.head_config.min() >= -1
+    used = set(budgets.head_config.ravel().tolist()) - {-1}
+    assert used == set(range(len(budgets.configs)))  # no row that nobody uses
+    assert budgets.calibration.errors.shape == (5, 2) and (budgets.calibration.errors[budgets.head_config == -1] == 0).all()
+
+
+def test_budgets_are_better_than_uniform():
+    m = measurement()
+    budgets = choose_budgets(m, 0.4)
+    affordable = np.flatnonzero(kept_per_group(m.configs, KEEP) <= 0.4 * LAYOUT.group_size)
+    assert budgets.calibration.errors.mean() < m.head_error()[:, :, affordable].mean(axis=(0, 1)).min()
+
+
+def test_kinds_count_alike_whatever_their_level():
+    m = measurement()
+    scaled = Measurement(**{**m.__dict__, "error": m.error * np.array([1.0, 50.0])[:, None, None, None]})
+    assert (choose_budgets(m, 0.4).head_config == choose_budgets(scaled, 0.4).head_config).all()
+
+
+def test_a_kind_without_queries_is_left_out():
+    m = measurement()
+    silent = Measurement(**{**m.__dict__, "error": m.error * np.array([1.0, 0.0])[:, None, None, None]})
+    assert (silent.head_error() == m.error[0]).all()
+    assert np.isfinite(silent.combined()).all()
+
+
+def test_max_error_caps_every_head():
+    budgets = choose_budgets(measurement(), 1.0, max_error=0.05)
+    assert budgets.calibration.errors.max() <= 0.05
+
+
+class FakeSession:
+    """Hands random attention inputs of a whole text to the capture, micro-batch by micro-batch."""
+
+    n_batch = 20
+    address = 1
+
+    def __init__(self, capture, n_kv_error=0, skip_layer=-1):
+        self.capture, self.n_kv_error, self.skip_layer, self.n = capture, n_kv_error, skip_layer, 0
+        rng = np.random.default_rng(5)
+        self.q = rng.standard_normal((N_LAYER, N_HEAD, 80, DIM)).astype(np.float32)
+        self.k, self.v = rng.standard_normal((2, N_LAYER, N_HEAD_KV, 80, DIM)).astype(np.float32)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def decode(self, tokens):
+        first, self.n = self.n, self.n + len(tokens)
+        for layer in range(N_LAYER):
+            if layer == self.skip_layer:
+                continue
+            qkv = SimpleNamespace(layer=layer, n_tokens=len(tokens), n_kv=self.n + self.n_kv_error, scale=0.35, softcap=0.0,
+                                  q=self.q[layer, :, first : self.n], k=self.k[layer, :, : self.n], v=self.v[layer, :, : self.n])  # fmt: skip
+            try:
+                self.capture.callback(qkv)
+            except BaseException as error:  # as native.Capture does
+                self.capture.error = error
+                raise TcaError("llama_decode failed") from None
+
+
+@pytest.fixture
+def fake_native(monkeypatch):
+    native = types.ModuleType("tca_gguf.native")
+    native.Capture = lambda fn: SimpleNamespace(callback=fn, error=None)
+    native.context_rope = lambda address, layer: None
+    native.select = lambda keys, positions, rope, *_, **__: (None, importance(keys.astype(np.float64)).astype(np.float32))
+    import tca_gguf
+
+    monkeypatch.setitem(sys.modules, "tca_gguf.native", native)
+    monkeypatch.setattr(tca_gguf, "native", native, raising=False)
+    return native
+
+
+TEXT = CalibrationText("", np.zeros(75, np.int32), np.array([33, 47, 48, 60, 74]), np.array([0, 1, 0, 0, 1], np.int32), "")
+
+
+def new_table():
+    return ErrorTable(KINDS, LAYOUT, KEEP, config_grid(LAYOUT.n_blocks, KEEP), N_LAYER, N_HEAD_KV)
+
+
+def test_capture_visits_every_layer_and_reports_progress(fake_native):
+    table, seen = new_table(), []
+    run_capture(FakeSession, table, TEXT, "key-diff", lambda *args: seen.append(args))
+    assert table.count.tolist() == [[3] * N_LAYER, [2] * N_LAYER]
+    assert [s[0] for s in seen] == list(range(1, N_LAYER * 4 + 1)) and {s[1] for s in seen} == {N_LAYER * 4}
+    again = new_table()
+    run_capture(FakeSession, again, TEXT, "key-diff")
+    assert (again.mean_error() == table.mean_error()).all() and table.mean_error().min() >= 0
+
+
+def test_errors_in_the_callback_come_back_as_they_are(fake_native):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_capture(FakeSession, new_table(), TEXT, "key-diff", stop)
+
+
+def test_unexpected_attention_is_refused(fake_native):
+    with pytest.raises(TcaError, match="not supported"):
+        run_capture(lambda fn: FakeSession(fn, n_kv_error=1), new_table(), TEXT, "key-diff")
+    with pytest.raises(TcaError, match="were captured"):
+        run_capture(lambda fn: FakeSession(fn, skip_layer=1), new_table(), TEXT, "key-diff")
+
