@@ -34,7 +34,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = b"tca"  # in every file that the series patches
-LAYOUT = 1  # raise it when the choice of unpacked files changes
+LAYOUT = 2  # raise it when the choice of unpacked files changes
 
 # What is unpacked, relative to the sdist's top folder. The rest (models, docs, web UI, examples: 160 MB) stays packed.
 KEEP = (
@@ -45,7 +45,7 @@ KEEP = (
     r"vendor/llama\.cpp/(cmake|common|ggml|include|licenses|src|vendor)/.*",
     r"vendor/llama\.cpp/scripts/.*\.cmake",
     r"vendor/llama\.cpp/tools/(?!ui/).*",
-    r"vendor/llama\.cpp/tools/ui/CMakeLists\.txt",
+    r"vendor/llama\.cpp/tools/ui/[^/]*\.(txt|cmake|in)",
 )
 LLAMA = PurePosixPath("vendor/llama.cpp")
 
