@@ -28,7 +28,7 @@ static tca_budgets_data make_budgets(random_t & rng, bool dense = false) {
         b.configs.insert(b.configs.end(), row.begin(), row.end());
     }
     for (uint32_t i = 0; i < b.n_layer*b.n_head_kv; ++i) {
-        b.head_config.push_back(dense ? TCA_HEAD_DENSE : rng.range(-1, 3));
+        b.head_config.push_back(dense ? -1 : rng.range(-1, 3));
     }
     return b;
 }
@@ -85,8 +85,10 @@ struct simulation {
 
     void roll_back_to(uint32_t n_tokens) {
         for (auto & r : regions) {
-            r.resize(r.size() - (state.n_tokens - n_tokens));
-            CHECK(r.empty() || r.back() == n_tokens - 1, "rollback removed a compacted token");
+            for (uint32_t t = state.n_tokens; t > n_tokens; --t) {
+                CHECK(!r.empty() && r.back() == t - 1, "a token to remove is no longer in the dense part");
+                r.pop_back();
+            }
         }
         state.n_tokens = n_tokens;
     }
