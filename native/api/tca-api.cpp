@@ -46,21 +46,6 @@ tca_status tca_budgets_check(const tca_budgets * budgets) {
     return problem.empty() ? TCA_OK : tca_fail(TCA_ERR_BUDGETS, problem);
 }
 
-// Value of an integer key of any width; -1 if it is absent or of another type.
-static int64_t gguf_integer(const gguf_context * gguf, const std::string & key) {
-    const int64_t id = gguf_find_key(gguf, key.c_str());
-    if (id < 0) {
-        return -1;
-    }
-    switch (gguf_get_kv_type(gguf, id)) {
-        case GGUF_TYPE_UINT8:  return gguf_get_val_u8 (gguf, id);
-        case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
-        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
-        case GGUF_TYPE_INT32:  return gguf_get_val_i32(gguf, id);
-        default:               return -1;
-    }
-}
-
 tca_status tca_file_check(const char * path) {
     FILE * file = fopen(path, "rb");
     if (file == nullptr) {
@@ -73,26 +58,9 @@ tca_status tca_file_check(const char * path) {
         return tca_fail(TCA_ERR_IO, std::string(path) + " is not a readable GGUF file");
     }
 
-    const int64_t id_arch = gguf_find_key(gguf.get(), "general.architecture");
-    if (id_arch < 0 || gguf_get_kv_type(gguf.get(), id_arch) != GGUF_TYPE_STRING) {
-        return tca_fail(TCA_ERR_IO, std::string(path) + " has no general.architecture");
-    }
-    const std::string arch    = gguf_get_val_str(gguf.get(), id_arch);
-    const int64_t     n_layer = gguf_integer(gguf.get(), arch + ".block_count");
-    int64_t n_head_kv = gguf_integer(gguf.get(), arch + ".attention.head_count_kv");
-    if (n_head_kv < 0) {
-        n_head_kv = gguf_integer(gguf.get(), arch + ".attention.head_count");
-    }
-    constexpr int64_t n_max = 65536;
-    if (n_layer < 1 || n_layer > n_max || n_head_kv < 1 || n_head_kv > n_max) {
-        return tca_fail(TCA_ERR_UNSUPPORTED, std::string(path) + " does not state one number of layers and of KV heads");
-    }
-
-    tca_budgets_data budgets;
-    bool             enabled;
-    std::string      problem;
-    const tca_status status = tca_budgets_from_gguf(gguf.get(), n_layer, n_head_kv, budgets, enabled, problem);
-    return status == TCA_ERR_BUDGETS ? tca_fail(status, problem) : status;
+    std::string problem;
+    const tca_status status = tca_gguf_check(gguf.get(), problem);
+    return status < 0 ? tca_fail(status, std::string(path) + ": " + problem) : status;
 }
 
 static bool valid(const tca_budgets * budgets) {

@@ -171,18 +171,65 @@ struct reader {
     }
 };
 
+// Value of an integer key of any width; -1 if it is absent or of another type.
+int64_t integer(const gguf_context * gguf, const std::string & key) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        return -1;
+    }
+    switch (gguf_get_kv_type(gguf, id)) {
+        case GGUF_TYPE_UINT8:  return gguf_get_val_u8 (gguf, id);
+        case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
+        case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
+        case GGUF_TYPE_INT32:  return gguf_get_val_i32(gguf, id);
+        default:               return -1;
+    }
+}
+
+bool has_keys(const gguf_context * gguf) {
+    for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
+        if (strncmp(gguf_get_key(gguf, i), "tca.", 4) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 } // namespace
+
+tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem) {
+    if (!has_keys(gguf)) {
+        return TCA_NO_BUDGETS;
+    }
+    const int64_t id_arch = gguf_find_key(gguf, "general.architecture");
+    if (id_arch < 0 || gguf_get_kv_type(gguf, id_arch) != GGUF_TYPE_STRING) {
+        problem = "general.architecture is missing or no string";
+        return TCA_ERR_IO;
+    }
+    const std::string arch = gguf_get_val_str(gguf, id_arch);
+
+    const int64_t n_layer = integer(gguf, arch + ".block_count");
+    int64_t n_head_kv     = integer(gguf, arch + ".attention.head_count_kv");
+    if (n_head_kv < 0) {
+        n_head_kv = integer(gguf, arch + ".attention.head_count");
+    }
+    constexpr int64_t n_max = 65536;
+    if (n_layer < 1 || n_layer > n_max || n_head_kv < 1 || n_head_kv > n_max) {
+        problem = "the metadata does not state one number of layers and of KV heads, from 1 to " + num(n_max);
+        return TCA_ERR_UNSUPPORTED;
+    }
+    tca_budgets_data budgets;
+    bool             enabled;
+    const tca_status status = tca_budgets_from_gguf(gguf, n_layer, n_head_kv, budgets, enabled, problem);
+    return enabled ? status : TCA_NO_BUDGETS;
+}
 
 tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, uint32_t n_head_kv,
         tca_budgets_data & out, bool & enabled, std::string & problem) {
     problem.clear();
     enabled = true;
 
-    bool any = false;
-    for (int64_t i = 0; i < gguf_get_n_kv(gguf) && !any; ++i) {
-        any = strncmp(gguf_get_key(gguf, i), "tca.", 4) == 0;
-    }
-    if (!any) {
+    if (!has_keys(gguf)) {
         return TCA_NO_BUDGETS;
     }
 

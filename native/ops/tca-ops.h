@@ -59,9 +59,12 @@ struct tca_op_params {
     int32_t     n_chunks;  // PARTIAL, COMBINE
 };
 
+constexpr uint32_t TCA_MAGIC = 0x31414354;  // "TCA1"
+
 // TCA_OP_NONE for any other node.
 enum tca_op            tca_op_of        (const struct ggml_tensor * node);
 struct tca_op_params   tca_op_get_params(const struct ggml_tensor * node);
+void                   tca_op_set_params(struct ggml_tensor * node, const struct tca_op_params & params);
 const tca_select_params * tca_op_select_params(const struct ggml_tensor * node);
 
 // Writes the segment's rows of k_cur and v_cur at the ends of the regions, converted to the store's types, and their positions.
