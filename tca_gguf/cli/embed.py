@@ -1,0 +1,129 @@
+"""embed-budgets and strip-budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tca_gguf import gguf_file
+from tca_gguf.budgets import Budgets
+from tca_gguf.errors import TcaError
+
+from .common import Number, emit_json, json_option, model_argument, progress_bar, size, threads_option, verbose_option
+
+
+def _read_texts(paths: tuple[Path, ...]) -> list[str] | None:
+    texts = []
+    for path in paths:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise TcaError(f"{path} is not UTF-8 text") from None
+        except OSError as error:
+            raise TcaError(f"{path} cannot be read: {error.strerror}") from None
+        if not texts[-1].strip():
+            raise TcaError(f"{path} is empty; a calibration text needs some prose")
+    return texts or None
+
+
+def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
+    shape = gguf_file.model_shape(model)
+    n_ctx = shape.n_ctx_train or 32768
+    tca, dense = budgets.kv_bytes(shape.head_dim_k, shape.head_dim_v, n_ctx)
+    fractions = budgets.head_kept_fraction()
+    calibration = budgets.calibration
+    return {
+        "model": str(model),
+        "written": str(written) if written else None,
+        "kept_fraction": round(budgets.kept_fraction, 6),
+        "head_kept_fraction": {"min": float(fractions.min()), "max": float(fractions.max())},
+        "error": float(calibration.errors.mean()) if calibration else None,
+        "tokens": calibration.tokens if calibration else None,
+        "text_sha256": calibration.text_sha256 if calibration else None,
+        "seed": calibration.seed if calibration else None,
+        "kv_bytes": {str(n_ctx): {"dense": dense, "tca": tca}},
+    }
+
+
+@click.command("embed-budgets")
+@model_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here.  [default: MODEL itself, in place]")
+@click.option("--keep", type=Number(0.0, 1.0, above=True), default=0.39, show_default=True,
+              help="Mean share of the evicted region's tokens that heads keep.")  # fmt: skip
+@click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
+              help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
+@click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")
+@click.option("--seed", type=Number(0, 2**32 - 1), default=0, show_default=True, help="Seed of the calibration.")
+@click.option("--dry-run", is_flag=True, help="Calibrate and report, but write nothing.")
+@threads_option
+@verbose_option
+@json_option
+def embed_budgets(
+    model: Path,
+    output: Path | None,
+    keep: float,
+    texts: tuple[Path, ...],
+    tokens: int | None,
+    seed: int,
+    dry_run: bool,
+    threads: int | None,
+    verbose: bool,
+    as_json: bool,
+) -> None:
+    """Calibrate MODEL and write its head budgets into the file.
+
+    One forward pass over a calibration text measures how much of the context each attention head can do without. The
+    budgets become tca.* keys in the GGUF metadata; the tensor data stays as it is, and a stock llama.cpp still loads
+    the file. The file is replaced atomically: whatever happens, it is either the old or the new one.
+
+    \b
+    Example:
+      tca-gguf embed-budgets model.gguf
+      tca-gguf embed-budgets model.gguf -o model-tca.gguf --keep 0.25
+    """
+    from tca_gguf import calib, llama, logs
+
+    target = output or model
+    shape = gguf_file.model_shape(model)  # refuses what is no GGUF file before any work is done
+    documents = _read_texts(texts)
+    logs.take_over(llama.load(), verbose)
+    with progress_bar() as advance:
+        budgets = calib.calibrate(
+            model, keep=keep, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
+        )
+        if not dry_run:
+            gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))
+    summary = _summary(budgets, model, None if dry_run else target)
+    if as_json:
+        emit_json(summary)
+        return
+    n_ctx, kv = next(iter(summary["kv_bytes"].items()))
+    low, high = summary["head_kept_fraction"]["min"], summary["head_kept_fraction"]["max"]
+    click.echo(
+        f"{shape.name}: heads keep {summary['kept_fraction']:.1%} of the evicted region (from {low:.0%} to {high:.0%}); "
+        f"KV cache of {n_ctx} tokens: {size(kv['tca'])} in place of {size(kv['dense'])}"
+    )
+    click.echo("dry run: nothing was written" if dry_run else f"budgets written to {target}")
+
+
+@click.command("strip-budgets")
+@model_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here.  [default: MODEL itself, in place]")
+@json_option
+def strip_budgets(model: Path, output: Path | None, as_json: bool) -> None:
+    """Remove the budgets from MODEL: the file becomes what it was before embed-budgets, byte for byte.
+
+    \b
+    Example:
+      tca-gguf strip-budgets model.gguf
+    """
+    target = output or model
+    with progress_bar() as advance:
+        found = gguf_file.strip_budgets(model, target, lambda done, total: advance(done, total, "writing"))
+    if as_json:
+        emit_json({"model": str(model), "written": str(target) if found or target != model else None, "stripped": found})
+    elif found:
+        click.echo(f"budgets removed from {target}" if target == model else f"{target} written without budgets")
+    else:
+        click.echo(f"{model} has no budgets" + ("" if target == model else f"; copied to {target}"))

@@ -1,0 +1,40 @@
+"""exec: llama.cpp's own programs, built from the patched tree."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from tca_gguf.errors import TcaError
+
+PROGRAMS = ("llama-server", "llama-completion", "llama-bench", "llama-perplexity")
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False, options_metavar="")
+@click.argument("program", required=False)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def execute(ctx: click.Context, program: str | None, args: tuple[str, ...]) -> None:
+    """Run one of llama.cpp's own programs over the patched runtime.
+
+    llama-server, llama-completion, llama-bench and llama-perplexity use the budgets of the model file. All arguments
+    go to the program; `--override-kv tca.enabled=bool:false` switches to the stock cache.
+
+    \b
+    Example:
+      tca-gguf exec llama-server -m model.gguf -c 32768
+      tca-gguf exec llama-bench -m model.gguf -d 16384
+    """
+    if program is None or program in ("-h", "--help"):
+        click.echo(ctx.get_help())
+        return
+    from tca_gguf.llama import program as find
+
+    path = find(program)
+    sys.stdout.flush()
+    try:
+        os.execv(path, [str(path), *args])
+    except OSError as error:
+        raise TcaError(f"{path} cannot be run: {error.strerror}") from None

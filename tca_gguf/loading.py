@@ -1,0 +1,100 @@
+"""Opening a model for the commands: llama-cpp-python's Llama over our libraries, with errors in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gguf import GGMLQuantizationType
+
+from . import logs
+from .errors import TcaError
+from .gguf_file import model_shape
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+# types of the KV cache that the commands offer
+KV_TYPES = {
+    "f16": int(GGMLQuantizationType.F16),
+    "q8_0": int(GGMLQuantizationType.Q8_0),
+    "q4_0": int(GGMLQuantizationType.Q4_0),
+}
+UBATCH = 512  # the default group ends with a micro-batch of this size
+
+
+def default_threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+def check_model(path: str | os.PathLike[str]) -> bool:
+    """Whether the file carries valid budgets that are enabled. Raises TcaError: no GGUF file, or a bad ``tca.*`` key."""
+    from . import native
+
+    path = Path(path)
+    if path.is_dir():
+        raise TcaError(f"{path} is a directory; give the path of a GGUF file")
+    if not path.exists():
+        raise TcaError(f"{path} does not exist")
+    return native.file_check(path)
+
+
+def open_llama(
+    path: str | os.PathLike[str],
+    *,
+    n_ctx: int,
+    kv_type: str = "f16",
+    dense: bool = False,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    seed: int | None = None,
+    verbose: bool = False,
+) -> Llama:
+    """A Llama with a context of ``n_ctx`` tokens (0: as the model was trained). dense: ignore the file's budgets.
+
+    Raises TcaError with what llama.cpp's log says if the model or the context cannot be made.
+    """
+    from .llama import load
+
+    if not dense:
+        check_model(path)
+    llama_cpp = load()
+    log = logs.take_over(llama_cpp, verbose)
+    threads = n_threads or default_threads()
+    try:
+        return llama_cpp.Llama(
+            model_path=str(path),
+            n_ctx=n_ctx,
+            n_batch=UBATCH,
+            n_ubatch=UBATCH,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_gpu_layers=n_gpu_layers,
+            kv_overrides={"tca.enabled": False} if dense else None,
+            type_k=KV_TYPES[kv_type],
+            type_v=KV_TYPES[kv_type],
+            flash_attn=True,
+            seed=llama_cpp.LLAMA_DEFAULT_SEED if seed is None else seed,
+            verbose=verbose,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = log.reason() or str(error)
+        raise TcaError(f"{path}: {reason}" if str(path) not in reason else reason) from None
+
+
+def dense_kv_bytes(path: str | os.PathLike[str], n_ctx: int, kv_type: str) -> int:
+    """Bytes of the stock KV cache of a model whose layers are all alike, for one sequence of ``n_ctx`` tokens."""
+    from . import native
+
+    shape, ggml_type = model_shape(path), KV_TYPES[kv_type]
+    row = native.row_bytes(ggml_type, shape.head_dim_k) + native.row_bytes(ggml_type, shape.head_dim_v)
+    return n_ctx * shape.n_layer * shape.n_head_kv * row
+
+
+def context_address(llm: Llama) -> int:
+    """Address of the llama_context, as `native` takes it."""
+    return int(llm.ctx)
