@@ -179,7 +179,8 @@ def chat_prompt(llm: Llama, messages: Sequence[dict[str, str]]) -> str:
     try:
         return formatter(messages=list(messages)).prompt
     except Exception as error:  # templates are programs: any error in one is the file's
-        raise TcaError(f"{llm.model_path}: its chat template failed: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TcaError(f"{llm.model_path}: its chat template failed: {reason}") from None
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -139,7 +139,10 @@ def embed_budgets(
             f"{shape.n_head_kv} KV heads; budgets belong to the model they were calibrated on"
         )
     if len(budgets.configs) == 0:
-        raise TcaError("tca.configs has no rows; give at least one configuration, even if every head is dense")
+        # every head is dense; GGUF arrays cannot be empty, so the file gets one row that no head uses
+        unused = np.zeros((1, len(budgets.keep_counts)), np.int32)
+        unused[0, -1] = budgets.group_size // budgets.block_size
+        budgets = replace(budgets, configs=unused)
     _rewrite(reader, src, Path(dst), budgets, progress)
 
 

@@ -56,6 +56,8 @@ def open_llama(
 ) -> Llama:
     """A Llama with a context of ``n_ctx`` tokens (0: as the model was trained). dense: ignore the file's budgets.
 
+    The stock cache runs without flash attention on the CPU where its type allows: that is the faster way there.
+
     Raises TcaError with what llama.cpp's log says if the model or the context cannot be made.
     """
     from .llama import load
@@ -77,7 +79,7 @@ def open_llama(
             kv_overrides={"tca.enabled": False} if dense else None,
             type_k=KV_TYPES[kv_type],
             type_v=KV_TYPES[kv_type],
-            flash_attn=True,
+            flash_attn=not dense or n_gpu_layers != 0 or kv_type != "f16",
             seed=llama_cpp.LLAMA_DEFAULT_SEED if seed is None else seed,
             verbose=verbose,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -342,9 +343,14 @@ def test_head_kept_fraction_by_hand():
     assert np.allclose(budgets.head_kept_fraction(), expected)
 
 
-def test_embedding_rejects_invalid_budgets_before_touching_anything(tmp_path):
-    from dataclasses import replace
+def test_all_heads_dense_without_any_configuration(tmp_path):
+    path, budgets = write_gguf(tmp_path / "m.gguf"), make_budgets()
+    dense = np.full_like(budgets.head_config, -1)
+    embed_budgets(path, path, replace(budgets, configs=np.zeros((0, 5), np.int32), head_config=dense))
+    assert (read_budgets(path).head_kept_fraction() == 1.0).all()
 
+
+def test_embedding_rejects_invalid_budgets_before_touching_anything(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     original = path.read_bytes()
     for bad in (replace(make_budgets(), metric="nope"), replace(make_budgets(), configs=np.full((4, 5), 9, np.int32))):
