@@ -63,7 +63,7 @@ if(programs)
 endif()
 if(TARGET _tca)
     set_target_properties(_tca PROPERTIES INSTALL_RPATH "${origin}/lib")
-    install(TARGETS _tca LIBRARY DESTINATION tca_gguf RUNTIME DESTINATION tca_gguf COMPONENT tca)
+    install(TARGETS _tca LIBRARY DESTINATION tca_gguf COMPONENT tca)
 endif()
 
 install(FILES native/upstream.toml DESTINATION tca_gguf COMPONENT tca)
