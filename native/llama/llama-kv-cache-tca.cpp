@@ -396,7 +396,10 @@ void llama_kv_cache_tca::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1
 llama_pos llama_kv_cache_tca::seq_pos_min(llama_seq_id seq_id) const {
     GGML_ASSERT(seq_id >= 0 && (size_t) seq_id < streams.size());
     const stream & s = streams[seq_id];
-    return s.state.n_tokens == 0 ? -1 : s.pos0 + (llama_pos) plan.n_fixed(s.state);
+    if (s.state.n_tokens == 0) {
+        return -1;
+    }
+    return std::min(s.pos0 + (llama_pos) plan.n_fixed(s.state), seq_pos_max(seq_id));
 }
 
 llama_pos llama_kv_cache_tca::seq_pos_max(llama_seq_id seq_id) const {
