@@ -58,13 +58,16 @@ if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
 endif()
 
 # ccache, if it is there: a rebuild in another clone or after a change of the series then takes seconds. Paths below the
-# checkout are hashed relative to it, so that clones share entries.
+# checkout are hashed relative to it, so that clones share entries. What -march=native means is hashed too: a cache that
+# moves to another processor must not hand out code for the old one.
 find_program(TCA_CCACHE ccache)
 mark_as_advanced(TCA_CCACHE)
 if(TCA_CCACHE AND NOT CMAKE_C_COMPILER_LAUNCHER AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+    set(native ${CMAKE_BINARY_DIR}/native-target.txt)
+    execute_process(COMMAND ${CMAKE_C_COMPILER} -march=native -dM -E -x c /dev/null OUTPUT_FILE ${native} ERROR_QUIET)
     foreach(language C CXX CUDA)
-        set(CMAKE_${language}_COMPILER_LAUNCHER
-            ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=1 ${TCA_CCACHE})
+        set(CMAKE_${language}_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=1
+            CCACHE_EXTRAFILES=${native} ${TCA_CCACHE})
     endforeach()
 endif()
 
