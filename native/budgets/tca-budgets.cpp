@@ -2,6 +2,7 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cstring>
 
 tca_budgets tca_budgets_data::view() const {
@@ -171,7 +172,7 @@ struct reader {
     }
 };
 
-// Value of an integer key of any width; -1 if it is absent or of another type.
+// Value of an integer key of any width, or of an array that says the same for every layer; -1 for anything else.
 int64_t integer(const gguf_context * gguf, const std::string & key) {
     const int64_t id = gguf_find_key(gguf, key.c_str());
     if (id < 0) {
@@ -182,8 +183,16 @@ int64_t integer(const gguf_context * gguf, const std::string & key) {
         case GGUF_TYPE_UINT16: return gguf_get_val_u16(gguf, id);
         case GGUF_TYPE_UINT32: return gguf_get_val_u32(gguf, id);
         case GGUF_TYPE_INT32:  return gguf_get_val_i32(gguf, id);
+        case GGUF_TYPE_ARRAY:  break;
         default:               return -1;
     }
+    const gguf_type type = gguf_get_arr_type(gguf, id);
+    const size_t    n    = gguf_get_arr_n(gguf, id);
+    if ((type != GGUF_TYPE_INT32 && type != GGUF_TYPE_UINT32) || n == 0) {
+        return -1;
+    }
+    const int32_t * values = (const int32_t *) gguf_get_arr_data(gguf, id);
+    return std::all_of(values, values + n, [&](int32_t v) { return v == values[0]; }) ? values[0] : -1;
 }
 
 bool has_keys(const gguf_context * gguf) {
@@ -210,7 +219,7 @@ tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem) {
 
     const int64_t n_layer = integer(gguf, arch + ".block_count");
     int64_t n_head_kv     = integer(gguf, arch + ".attention.head_count_kv");
-    if (n_head_kv < 0) {
+    if (gguf_find_key(gguf, (arch + ".attention.head_count_kv").c_str()) < 0) {
         n_head_kv = integer(gguf, arch + ".attention.head_count");
     }
     constexpr int64_t n_max = 65536;
