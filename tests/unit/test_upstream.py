@@ -187,10 +187,10 @@ def has_pip() -> bool:
 def test_pip_downloads_the_sdist(step: Step, no_index: None, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = ("def prepare_metadata_for_build_wheel(folder, settings=None):\n"
                "    import os\n"
-               "    os.mkdir(os.path.join(folder, 'x.dist-info'))\n"
-               "    with open(os.path.join(folder, 'x.dist-info', 'METADATA'), 'w') as f:\n"
+               "    os.mkdir(os.path.join(folder, 'llama_cpp_python-9.9.9.dist-info'))\n"
+               "    with open(os.path.join(folder, 'llama_cpp_python-9.9.9.dist-info', 'METADATA'), 'w') as f:\n"
                "        f.write('Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: 9.9.9\\n')\n"
-               "    return 'x.dist-info'\n")
+               "    return 'llama_cpp_python-9.9.9.dist-info'\n")
     project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     step.write({**FILES, "backend.py": backend, "pyproject.toml": project, "PKG-INFO": "Metadata-Version: 2.1\n"})
     index = step.folder / "index"
