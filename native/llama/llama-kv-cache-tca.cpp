@@ -138,6 +138,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         l.select.block_size  = plan.budgets.block_size;
         l.select.group_size  = plan.budgets.group_size;
         l.select.n_keep      = plan.budgets.keep_counts.size();
+        l.select.n_configs   = plan.budgets.configs.size()/plan.budgets.keep_counts.size();
         l.select.keep_counts = plan.budgets.keep_counts.data();
         l.select.configs     = plan.budgets.configs.data();
         l.select.hadamard    = rot_k;

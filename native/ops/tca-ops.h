@@ -29,6 +29,7 @@ struct tca_select_params {
     int32_t         block_size;
     int32_t         group_size;
     int32_t         n_keep;
+    int32_t         n_configs;
     const int32_t * keep_counts;  // [n_keep]
     const int32_t * configs;      // [n_configs, n_keep]
     struct tca_rope rope;
