@@ -81,7 +81,7 @@ def head_errors(
             for r in range(n_blocks):
                 weights = core[index[r]]
                 np.matmul(weights.T, values[first + index[r]], out=prefix[j, r + 1])
-            np.cumsum(prefix[j], axis=0, out=prefix[j])
+                prefix[j, r + 1] += prefix[j, r]
         lower = upper
     if lower < layout.block_size:  # keep counts that stop below b: the rest belongs to the dense output only
         index = ranked[:, :, lower:].reshape(-1)

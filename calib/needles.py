@@ -33,6 +33,7 @@ CITIES = (
 STATEMENT = " The secret code for {city} is {code}."
 QUESTION = "\n\nQuestion: What is the secret code for {city}?\nAnswer: The secret code for {city} is"
 ANSWER_TOKENS = 12
+PARAGRAPH = 400  # characters; facts stand between paragraphs, so this is how exactly their depth is met
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def natural_paragraphs() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        return [p for seed in range(400) for p in paragraphs([record_document(random.Random(1000 + seed))])]
-    return list(paragraphs([topics[name] for name in sorted(topics)]))
+        return [p for seed in range(400) for p in paragraphs([record_document(random.Random(1000 + seed))], PARAGRAPH)]
+    return list(paragraphs([topics[name] for name in sorted(topics)], longest=PARAGRAPH))
 
 
 def make_haystack(tokenize: Callable[[str, bool], Sequence[int]], n_tokens: int, seed: int, source: list[str] | None = None) -> Haystack:
@@ -89,22 +90,18 @@ def make_haystack(tokenize: Callable[[str, bool], Sequence[int]], n_tokens: int,
     source = natural_paragraphs() if source is None else source
     start = int(rng.random() * len(source))
     cities = shuffled(rng, CITIES)[:NEEDLES]
-    due = [int((i + 0.1 + 0.8 * rng.random()) * n_tokens * 0.96 / NEEDLES) for i in range(NEEDLES)]
+    due = [int((i + 0.1 + 0.8 * rng.random()) * n_tokens * 0.94 / NEEDLES) for i in range(NEEDLES)]
     tokens: list[int] = []
     needles: list[Needle] = []
     i = 0
     while len(tokens) < n_tokens:
-        piece = list(tokenize(("\n\n" if tokens else "") + source[(start + i) % len(source)], not tokens))
+        tokens += tokenize(("\n\n" if tokens else "") + source[(start + i) % len(source)], not tokens)
         i += 1
-        while len(needles) < NEEDLES and due[len(needles)] < len(tokens) + len(piece):
-            # inside the paragraph, where the fact is due
-            cut = max(0, due[len(needles)] - len(tokens))
-            tokens += piece[:cut]
-            piece = piece[cut:]
+        if len(needles) < NEEDLES and due[len(needles)] <= len(tokens):
+            # behind a sentence, never inside a word: a broken word is harder to read for the dense model, too
             needle = Needle(cities[len(needles)], digits(rng, 5), len(tokens))
             tokens += tokenize(STATEMENT.format(city=needle.city, code=needle.code), False)
             needles.append(needle)
-        tokens += piece
     return Haystack(tokens[:n_tokens], tuple(needles))
 
 
@@ -115,15 +112,18 @@ def is_exact(generated: str, code: str) -> bool:
 
 
 def generate(session: Session, n: int) -> str:
-    """Greedy continuation of at most ``n`` tokens."""
+    """Greedy continuation of at most ``n`` tokens; it ends early once a run of digits has ended."""
     out: list[int] = []
-    for _ in range(n):
+    text = ""
+    while len(out) < n and not re.search(r"\d\D", text):
+        if out:
+            session.decode(out[-1:])
         token = int(session.logits().argmax())
         if session.is_end(token):
             break
         out.append(token)
-        session.decode([token])
-    return session.text(out)
+        text = session.text(out)
+    return text
 
 
 def run_needles(
