@@ -20,7 +20,7 @@ from .loading import open_llama
 MODEL = "smollm2"
 KEEP = 0.39
 N_CTX = 8192
-DOCUMENT_TOKENS = 6144  # about
+DOCUMENT_WORDS = 4600  # about 6,100 tokens
 SEED = 7
 QUESTION = "What is the password of the lighthouse?"
 FACT = "IMPORTANT: the password of the lighthouse is 'marigold'."
@@ -112,7 +112,7 @@ def run(
 ) -> dict[str, Any]:
     """The whole demo: {"model", "question", "expected", "sides": [{...dense}, {...tca}]}. Raises TcaError."""
     path = prepare(report, progress, n_threads)
-    text = document(DOCUMENT_TOKENS * 3 // 4)
+    text = document(DOCUMENT_WORDS)
     sides = []
     for dense in (True, False):
         report(f"reading the document, {'dense' if dense else 'TCA'}")

