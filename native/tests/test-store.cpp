@@ -80,6 +80,7 @@ static void run_pipeline(const pipeline_case & c, int n_threads, uint64_t seed, 
     select.block_size  = b.block_size;
     select.group_size  = b.group_size;
     select.n_keep      = b.keep_counts.size();
+    select.n_configs   = b.configs.size()/b.keep_counts.size();
     select.keep_counts = b.keep_counts.data();
     select.configs     = b.configs.data();
     select.rope        = { c.rope, c.rope == TCA_ROPE_NONE ? 0 : c.n_rot, 1.1f, freqs.data() };
@@ -240,6 +241,7 @@ TEST(needles_survive_compaction_that_keeps_them) {
         select.block_size  = b.block_size;
         select.group_size  = b.group_size;
         select.n_keep      = 2;
+        select.n_configs   = b.configs.size()/b.keep_counts.size();
         select.keep_counts = b.keep_counts.data();
         select.configs     = b.configs.data();
         select.rope.type   = TCA_ROPE_NONE;
@@ -342,6 +344,7 @@ TEST(compaction_alone) {
                 select.block_size  = 8;
                 select.group_size  = group;
                 select.n_keep      = 2;
+                select.n_configs   = 1;
                 select.keep_counts = keep_counts.data();
                 select.configs     = configs.data();
                 select.rope.type   = TCA_ROPE_NONE;

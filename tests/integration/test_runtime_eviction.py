@@ -1,0 +1,175 @@
+"""Compaction in a real model: which positions stay, whatever the micro-batch, and what the store costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime_context import BF16, BLOCK, F16, F32, GROUP, Q4_0, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
+from tca_gguf import gguf_file, native
+from tca_gguf.budgets import Budgets
+
+N = 430  # tokens: five groups are compacted, and the last of them mid-way through a micro-batch of any size
+
+
+@pytest.fixture(scope="module")
+def budgets(tca_model: Path) -> Budgets:
+    found = gguf_file.read_budgets(tca_model)
+    assert found is not None
+    return found
+
+
+def check_structure(c: Context, budgets: Budgets, n_tokens: int, seq: int = 0) -> None:
+    """Every region: as long as the plan says, increasing, with all sinks, the whole dense part, and m tokens of each group."""
+    groups = native.plan_groups(budgets, n_tokens)
+    assert c.sequence(seq) == (n_tokens, groups)
+    fixed = SINKS + groups * GROUP
+    everything = c.positions(seq)
+    for layer in range(budgets.n_layer):
+        for head in range(budgets.n_head_kv):
+            p = everything[layer * budgets.n_head_kv + head]
+            assert len(p) == native.plan_length(budgets, layer, head, n_tokens) == native.region_length(c.address, layer, seq, head)
+            assert len(p) <= native.plan_capacity(budgets, layer, head, c.info().n_ctx_seq)
+            assert (np.diff(p) > 0).all() and p[0] == 0 and p[-1] == n_tokens - 1
+            assert np.array_equal(p[:SINKS], np.arange(SINKS)[: len(p)])
+            assert np.array_equal(p[p >= fixed], np.arange(fixed, n_tokens)) or groups == 0
+            assert groups == 0 or n_tokens - fixed >= WINDOW
+            config = int(budgets.head_config[layer, head])
+            for group in range(groups):
+                inside = p[(p >= SINKS + group * GROUP) & (p < SINKS + (group + 1) * GROUP)]
+                assert len(inside) == native.kept_per_group(budgets, config)
+                if config >= 0:  # as many blocks keep k tokens as the configuration says
+                    per_block = np.bincount((inside - SINKS) // BLOCK - group * GROUP // BLOCK, minlength=GROUP // BLOCK)
+                    want = np.repeat(budgets.keep_counts, budgets.configs[config])
+                    assert np.array_equal(np.sort(per_block), np.sort(want))
+
+
+@pytest.fixture(scope="module")
+def whole(tca_model: Path, ids: list[int]) -> tuple[list[np.ndarray], np.ndarray, list[int]]:
+    """Positions, logits and next greedy tokens with micro-batches of 512."""
+    with Context(tca_model) as c:
+        logits = c.feed(ids[:N], every=29)
+        positions = c.positions()
+        return positions, logits, c.greedy([int(logits[-1].argmax())], 8)
+
+
+def test_structure_at_many_lengths(tca_model: Path, budgets: Budgets, ids: list[int]) -> None:
+    with Context(tca_model) as c:
+        n = 0
+        for step in (1, 14, 2, 46, 64, 1, 1, 62, 1, 3, 130, 64, 41):  # 127, 128 and 191 among the sums, and runs over two groups
+            c.feed(ids[n : n + step])
+            n += step
+            check_structure(c, budgets, n)
+        assert c.pos_min() == SINKS + c.sequence()[1] * GROUP and c.pos_max() == n - 1
+
+
+@pytest.mark.parametrize("n_ubatch", [1, 7, 64, 100])
+def test_micro_batches_do_not_matter(tca_model: Path, budgets: Budgets, ids: list[int], whole, n_ubatch: int) -> None:
+    positions, logits, tokens = whole
+    with Context(tca_model, n_ubatch=n_ubatch, n_batch=max(n_ubatch, 101)) as c:
+        got = c.feed(ids[:N], every=29)
+        check_structure(c, budgets, N)
+        assert same_positions(c.positions(), positions)
+        assert got.shape == logits.shape
+        worst = np.abs(got - logits).max()
+        assert worst < 1e-3, worst
+        assert c.greedy([int(got[-1].argmax())], 8) == tokens
+
+
+def test_what_is_dropped_changes_the_answer(tca_model: Path, dense_model: Path, ids: list[int], whole) -> None:
+    """The comparisons above would see a missing token."""
+    with Context(dense_model) as c:
+        logits = c.feed(ids[:N], every=29)
+    assert np.abs(logits[:4] - whole[1][:4]).max() < 1e-3 < 0.05 < np.abs(logits[-1] - whole[1][-1]).max()
+
+
+@pytest.mark.parametrize("types", [(F16, F16), (BF16, BF16), (Q8_0, Q8_0), (Q4_0, Q4_0), (F16, Q8_0)], ids=str)
+def test_cache_types(tca_model: Path, stock_model: Path, budgets: Budgets, ids: list[int], whole, types: tuple[int, int]) -> None:
+    with Context(tca_model, type_k=types[0], type_v=types[1], n_ubatch=100) as c:
+        logits = c.feed(ids[:N], every=29)
+        check_structure(c, budgets, N)
+        assert np.isfinite(logits).all()
+        # a coarser cache may keep other tokens; how far that may move the logits, the stock cache says before any group goes
+        with Context(stock_model, type_k=types[0], type_v=types[1], flash=1) as stock, Context(stock_model) as exact:
+            a, b = stock.feed(ids[:117], every=29), exact.feed(ids[:117], every=29)
+        noise = np.abs(a - b).max()
+        assert np.abs(logits[:5] - b).max() <= 2 * noise + 1e-3, (np.abs(logits[:5] - b).max(), noise)
+        again = c.feed([5] * 30)  # and decode goes on
+        assert np.isfinite(again).all()
+
+
+def test_the_first_layer_keeps_what_the_reference_selects(tca_model: Path, stock_model: Path, budgets: Budgets, ids: list[int]) -> None:
+    """Keys of the first layer do not depend on any attention: captured over the stock cache, they decide alone."""
+    keys = []
+
+    def capture(layer: native.LayerQKV) -> None:
+        if layer.layer == 0:
+            keys.append(layer.k.copy())
+
+    captured = native.Capture(capture)
+    C = Context(stock_model)  # opens the library, then a context of its own with the callback
+    params = C.C.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch, params.flash_attn_type, params.type_k, params.type_v = 512, 512, 512, 1, F32, F32
+    params.n_threads = params.n_threads_batch = 1
+    params.cb_eval = type(params.cb_eval)(captured.eval_ptr)
+    params.cb_eval_user_data = captured.handle
+    C.C.llama_free(C.ctx)
+    C.ctx = C.C.llama_init_from_model(C.model, params)
+    C.memory = C.C.llama_get_memory(C.ctx)
+    with C:
+        C.feed(ids[:N])
+    assert captured.error is None and len(keys) == 1 and keys[0].shape[1] == N
+
+    with Context(tca_model) as c:
+        c.feed(ids[:N])
+        rope = native.context_rope(c.address, 0)
+        assert rope.type == 1 and rope.n_rot == 64 and rope.scale == pytest.approx(1.0)
+        n_sparse = 0
+        for head in range(budgets.n_head_kv):
+            config = int(budgets.head_config[0, head])
+            want = list(range(SINKS))
+            groups = native.plan_groups(budgets, N)
+            for group in range(groups):
+                span = np.arange(SINKS + group * GROUP, SINKS + (group + 1) * GROUP)
+                if config >= 0:
+                    kept, _ = native.select(keys[0][head, span], span, rope, BLOCK, budgets.keep_counts, budgets.configs[config], impl="reference")
+                    span = span[kept]
+                    n_sparse += 1
+                want += span.tolist()
+            want += range(SINKS + groups * GROUP, N)
+            assert native.positions(c.address, 0, 0, head).tolist() == want
+    assert n_sparse >= 5
+
+
+@pytest.mark.parametrize("types", [(F16, F16), (Q8_0, Q4_0), (F32, BF16)], ids=str)
+@pytest.mark.parametrize("n_seq_max", [1, 3])
+def test_bytes_are_those_of_the_plan(tca_model: Path, stock_model: Path, budgets: Budgets, types: tuple[int, int], n_seq_max: int) -> None:
+    with Context(tca_model, n_ctx=3072, type_k=types[0], type_v=types[1], n_seq_max=n_seq_max, n_ubatch=64) as c:
+        info = c.info()
+        assert (info.n_layer, info.n_head_kv, info.n_stream, info.n_ctx_seq) == (budgets.n_layer, budgets.n_head_kv, n_seq_max, 3072 // n_seq_max)
+        tca, dense = native.plan_bytes(budgets, 64, 64, *types, info.n_ctx_seq)
+        assert (info.kv_bytes, info.kv_bytes_dense) == (tca * n_seq_max, dense * n_seq_max)
+        assert info.kv_bytes < 0.75 * info.kv_bytes_dense
+        log = "".join(Context.lines)
+        assert "tca" in log and f"{info.kv_bytes / 2**20:.2f}"[:3] in log  # the log says what is allocated
+
+
+def test_all_or_nothing(stock_model: Path, tmp_path: Path, ids: list[int]) -> None:
+    """Heads that keep no token of a group, and heads that select but keep all of them."""
+    for counts, kept in (((0, 16), 0), ((1, 16), GROUP)):
+        path = tmp_path / f"{kept}.gguf"
+        shape = gguf_file.model_shape(stock_model)
+        heads = np.zeros((shape.n_layer, shape.n_head_kv), np.int32)
+        configs = np.array([[GROUP // BLOCK, 0]] if kept == 0 else [[0, GROUP // BLOCK]], np.int32)
+        b = make_budgets(stock_model, keep_counts=counts, configs=configs, head_config=heads)
+        gguf_file.embed_budgets(stock_model, path, b)
+        with Context(path, n_ubatch=90) as c:
+            logits = c.feed(ids[:300])
+            assert np.isfinite(logits).all()
+            check_lengths = {len(p) for p in c.positions()}
+            assert check_lengths == {300 - 3 * (GROUP - kept)} if kept == 0 else {300}
+            if kept:
+                with Context(stock_model) as stock:
+                    assert np.abs(stock.feed(ids[:300]) - logits).max() < 1e-3
