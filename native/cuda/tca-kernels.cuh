@@ -1,0 +1,164 @@
+// Shared by the CUDA kernels: what a node holds, rows of the store, limits.
+#pragma once
+
+#include "ops/tca-ops.h"
+
+#include "ggml-cuda/common.cuh"
+
+#include <type_traits>
+
+// Tensors of a store and its descriptor, by value into kernels.
+struct tca_store {
+    char          * k;
+    char          * v;
+    size_t          nb_k;     // bytes a slot
+    size_t          nb_v;
+    int             type_k;   // enum ggml_type
+    int             type_v;
+    const char    * k_end;    // end of the tensor: nothing behind it may be read
+    const char    * v_end;
+    const int32_t * desc;     // row of the descriptor, [TCA_DESC_SIZE, n_head_kv, n_seqs]
+    int             n_head_kv;
+    int             n_seqs;
+};
+
+static inline tca_store tca_store_of(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * desc, int row) {
+    return { (char *) k->data, (char *) v->data, k->nb[1], v->nb[1], k->type, v->type,
+        (const char *) k->data + ggml_nbytes(k), (const char *) v->data + ggml_nbytes(v),
+        (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), (int) desc->ne[1], (int) desc->ne[2] };
+}
+
+static __device__ __forceinline__ const int32_t * tca_region(const tca_store & s, int seq, int head) {
+    return s.desc + ((size_t) seq*s.n_head_kv + head)*TCA_DESC_SIZE;
+}
+
+// Queries and destination of an attention node.
+struct tca_queries {
+    const float * q;
+    float       * dst;
+    size_t        q_head, q_token;      // strides in floats
+    size_t        dst_head, dst_token;
+    int           gqa;                  // query heads per KV head
+    int           n_tokens;             // of the whole micro-batch
+    float         scale;
+    float         softcap;
+    // PARTIAL only: dst is [head_dim + 2, n_chunks, n_head, n_tokens]
+    int           n_chunks;
+};
+
+constexpr float TCA_NO_MAX = -1e29f;  // running maximum before the first visible slot, as on the CPU
+
+static __device__ __forceinline__ float tca_softcap(float s, float cap) {
+    // tanh without the approximate instruction that -use_fast_math would pick (2^-11)
+    return cap*(1.0f - 2.0f/(1.0f + __expf(2.0f*s/cap)));
+}
+
+// 8 consecutive elements of a row, from element 8*i on: x[] times the returned scale.
+template <ggml_type type>
+static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i, float * x) {
+    if constexpr (type == GGML_TYPE_F32) {
+        const float4 a = ((const float4 *) row)[2*i], b = ((const float4 *) row)[2*i + 1];
+        x[0] = a.x; x[1] = a.y; x[2] = a.z; x[3] = a.w;
+        x[4] = b.x; x[5] = b.y; x[6] = b.z; x[7] = b.w;
+        return 1.0f;
+    } else if constexpr (type == GGML_TYPE_F16) {
+        const uint4 a = ((const uint4 *) row)[i];
+        const half2 * h = (const half2 *) &a;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float2 f = __half22float2(h[j]);
+            x[2*j] = f.x; x[2*j + 1] = f.y;
+        }
+        return 1.0f;
+    } else if constexpr (type == GGML_TYPE_BF16) {
+        const uint4 a = ((const uint4 *) row)[i];
+        const uint32_t * u = (const uint32_t *) &a;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            x[2*j]     = __uint_as_float(u[j] << 16);
+            x[2*j + 1] = __uint_as_float(u[j] & 0xffff0000u);
+        }
+        return 1.0f;
+    } else if constexpr (type == GGML_TYPE_Q8_0) {
+        // rows of q8_0 and q4_0 are aligned to 2 bytes only
+        const char * block = row + (i/4)*sizeof(block_q8_0);
+        const uint16_t * q = (const uint16_t *) (block + 2 + 8*(i%4));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const uint16_t u = q[j];
+            x[2*j]     = (float) (int8_t) (u & 0xff);
+            x[2*j + 1] = (float) (int8_t) (u >> 8);
+        }
+        return __half2float(*(const half *) block);
+    } else {
+        static_assert(type == GGML_TYPE_Q4_0, "type");
+        const char * block = row + (i/4)*sizeof(block_q4_0);
+        const uint16_t * q = (const uint16_t *) (block + 2 + 8*(i%2));
+        const int shift = i%4 < 2 ? 0 : 4;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int u = q[j] >> shift;
+            x[2*j]     = (float) ((u & 0xf) - 8);
+            x[2*j + 1] = (float) (((u >> 8) & 0xf) - 8);
+        }
+        return __half2float(*(const half *) block);
+    }
+}
+
+// The same as 8 f16 values, for the matrix units.
+template <ggml_type type>
+static __device__ __forceinline__ uint4 tca_load8_f16(const char * row, int i) {
+    if constexpr (type == GGML_TYPE_F16) {
+        return ((const uint4 *) row)[i];
+    } else {
+        float x[8];
+        const float d = tca_load8_scaled<type>(row, i, x);
+        uint4 out;
+        half2 * h = (half2 *) &out;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            h[j] = __floats2half2_rn(d*x[2*j], d*x[2*j + 1]);
+        }
+        return out;
+    }
+}
+
+static __device__ __forceinline__ uint32_t tca_smem(const void * p) {
+    return (uint32_t) __cvta_generic_to_shared(p);
+}
+
+// 16 bytes, of which the first n come from src and the rest are zero.
+static __device__ __forceinline__ void tca_cp_async(uint32_t dst, const void * src, int n) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(n) : "memory");
+}
+
+static __device__ __forceinline__ void tca_cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int n>
+static __device__ __forceinline__ void tca_cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+}
+
+// Calls f with the type as a compile-time constant: decltype(tag)::value.
+template <typename F>
+static __device__ __forceinline__ void tca_with_type(int type, F && f) {
+    switch (type) {
+        case GGML_TYPE_F32:  f(std::integral_constant<ggml_type, GGML_TYPE_F32>());  break;
+        case GGML_TYPE_F16:  f(std::integral_constant<ggml_type, GGML_TYPE_F16>());  break;
+        case GGML_TYPE_BF16: f(std::integral_constant<ggml_type, GGML_TYPE_BF16>()); break;
+        case GGML_TYPE_Q8_0: f(std::integral_constant<ggml_type, GGML_TYPE_Q8_0>()); break;
+        case GGML_TYPE_Q4_0: f(std::integral_constant<ggml_type, GGML_TYPE_Q4_0>()); break;
+        default: break;
+    }
+}
+
+// One file each.
+void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
+void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial);
+// head sizes 64 and 128 on compute capability 9.0; false: not this device or not this build
+bool tca_cuda_prefill_hopper(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim);
