@@ -26,6 +26,7 @@ class Session:
 
     overrides: GGUF keys to override at load, ``{"tca.enabled": False}`` for the stock cache.
     capture: a `native.Capture`, called with each layer's attention inputs.
+    n_outputs: tokens of a batch whose logits are asked for at most; 1 saves a buffer of n_ubatch x n_vocab floats.
     n_ctx 0: the context the model was trained with. Flash attention is on. Raises TcaError if loading fails.
     """
 
@@ -38,6 +39,7 @@ class Session:
         n_threads: int | None = None,
         overrides: Mapping[str, bool | int | float] | None = None,
         capture: Any = None,
+        n_outputs: int = 1,
         type_k: int | None = None,
         type_v: int | None = None,
     ) -> None:
@@ -64,7 +66,7 @@ class Session:
         params.n_ctx = n_ctx or self.n_ctx_train
         params.n_batch = params.n_ubatch = min(n_ubatch, params.n_ctx)
         params.n_seq_max = 1
-        params.n_outputs_max = 1  # logits of one token: a buffer of n_ubatch x n_vocab floats less
+        params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
         if type_k is not None:

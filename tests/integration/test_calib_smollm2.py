@@ -99,8 +99,9 @@ def test_needles(embedded):
     assert len(report.answers) == 8 and report.kv_tokens < 1100
     dense = run_needles(embedded, n_tokens=1700, haystacks=1, dense=True)
     assert dense.kv_tokens is None
-    # few questions: a loss of two against the dense cache is noise, of more is not
-    assert report.exact >= dense.exact - 2
+    # a model of this size confuses the eight codes; what it says must survive eviction, be it right or wrong
+    same = sum(a.text == b.text for a, b in zip(report.answers, dense.answers, strict=True))
+    assert same >= 6 and report.exact >= dense.exact - 1
 
 
 def test_needles_without_budgets_are_refused(model):
