@@ -41,12 +41,7 @@ def replace_file(
     the target is then as it was, and the temporary file is gone.
     """
     real = Path(os.path.realpath(target))
-    old = _writable_or_refuse(real)
-    remove_stale(real.parent)
-    free = shutil.disk_usage(real.parent).free
-    if free < size:
-        raise _disk_full(real, size, free)
-
+    old = check_target(real, size)
     temp = real.parent / f"{PREFIX}{secrets.token_hex(4)}{SUFFIX}"
     try:
         # a new file gets the permissions that any program would give it; an old one's are copied before the rename
@@ -70,6 +65,20 @@ def replace_file(
         if isinstance(error, OSError):
             raise _as_tca_error(error, real, size) from None
         raise
+
+
+def check_target(target: str | os.PathLike[str], size: int) -> os.stat_result | None:
+    """What can be known before any work is done: TcaError if ``target`` cannot be replaced by ``size`` bytes.
+
+    Removes what killed writers left in its directory. Returns the target's stat, None if it does not exist yet.
+    """
+    real = Path(os.path.realpath(target))
+    old = _writable_or_refuse(real)
+    remove_stale(real.parent)
+    free = shutil.disk_usage(real.parent).free
+    if free < size:
+        raise _disk_full(real, size, free)
+    return old
 
 
 def remove_stale(directory: Path) -> list[Path]:
@@ -96,14 +105,16 @@ def _writable_or_refuse(real: Path) -> os.stat_result | None:
     except FileNotFoundError:
         if not real.parent.is_dir():
             raise TcaError(f"{real}: the directory {real.parent} does not exist") from None
-        return None
+        old = None
     except OSError as error:
         raise TcaError(f"{real} cannot be written: {error.strerror}") from None
-    if not stat.S_ISREG(old.st_mode):
+    if old is not None and not stat.S_ISREG(old.st_mode):
         raise TcaError(f"{real} is not a regular file; name another output with -o")
     # a rename would succeed on a read-only file: whoever made it read-only does not want that
-    if old.st_mode & 0o222 == 0 or not os.access(real, os.W_OK):
+    if old is not None and (old.st_mode & 0o222 == 0 or not os.access(real, os.W_OK)):
         raise TcaError(f"{real} is read-only; make it writable (chmod u+w) or name another output with -o")
+    if not os.access(real.parent, os.W_OK | os.X_OK):
+        raise TcaError(f"the directory {real.parent} cannot be written; name another output with -o")
     return old
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.gguf_reader import ReaderField
 
-from .atomic import replace_file
+from .atomic import check_target, replace_file
 from .budgets import FORMAT_VERSION, Budgets, Calibration
 from .errors import TcaError
 
@@ -27,6 +27,7 @@ MAX_KV_HEADS = 1 << 24  # n_layer*n_head_kv, as in the runtime
 MAX_STRINGS = 1 << 24  # in one array; the largest vocabularies have a few hundred thousand
 MAX_NESTED = 1 << 16  # arrays in an array
 CHUNK = 8 << 20  # bytes copied at a time
+_ROOM = 65536  # bytes for the new keys of a usual model; they are a few for each head
 _AGAIN = "run embed-budgets again, or strip-budgets to remove the tca.* keys"
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -144,6 +145,16 @@ def embed_budgets(
         unused[0, -1] = budgets.group_size // budgets.block_size
         budgets = replace(budgets, configs=unused)
     _rewrite(reader, src, Path(dst), budgets, progress)
+
+
+def check_embeddable(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> ModelShape:
+    """What would stop embed_budgets(src, dst) for any budgets, found before they are calibrated. Raises TcaError."""
+    src = Path(src)
+    reader = open_header(src)
+    _refuse_split(reader, src)
+    shape = _shape(reader, src)
+    check_target(dst, len(reader.data) + _ROOM)
+    return shape
 
 
 def strip_budgets(
@@ -411,6 +422,5 @@ def _rewrite(reader: HeaderReader, src: Path, dst: Path, budgets: Budgets | None
         if budgets is not None:
             _budgets(check, dst, _shape(check, dst))
 
-    # room for the new keys: they are a few bytes for each head, so this is generous
-    extra = 65536 + (16 * budgets.head_config.size + 8 * budgets.configs.size if budgets is not None else 0)
+    extra = _ROOM + (16 * budgets.head_config.size + 8 * budgets.configs.size if budgets is not None else 0)
     replace_file(dst, before.st_size + extra, write, verify)

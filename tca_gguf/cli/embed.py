@@ -85,7 +85,8 @@ def embed_budgets(
     from tca_gguf import calib, llama, logs
 
     target = output or model
-    shape = gguf_file.model_shape(model)  # refuses what is no GGUF file before any work is done
+    # whatever would stop the writing is said before the minutes of calibration
+    shape = gguf_file.model_shape(model) if dry_run else gguf_file.check_embeddable(model, target)
     documents = _read_texts(texts)
     logs.take_over(llama.load(), verbose)
     with progress_bar() as advance:
