@@ -2,6 +2,7 @@
 #include "tca-error.h"
 
 #include "budgets/tca-budgets.h"
+#include "ops/tca-ops.h"
 #include "plan/tca-plan.h"
 
 #include "ggml.h"
@@ -22,23 +23,15 @@ const char * tca_last_error(void) {
 }
 
 const char * tca_build_info(void) {
-    return "{\"version\": \"" TCA_PACKAGE_VERSION "\", \"upstream\": \"" TCA_UPSTREAM "\", \"upstream_commit\": \"" TCA_UPSTREAM_COMMIT
-        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": "
-#if defined(__AVX512F__)
-        "\"avx512\""
-#elif defined(__AVX2__)
-        "\"avx2\""
-#elif defined(__ARM_NEON)
-        "\"neon\""
-#else
-        "\"generic\""
-#endif
-        ", \"cuda\": "
+    static const std::string info = std::string(
+        "{\"version\": \"" TCA_PACKAGE_VERSION "\", \"upstream\": \"" TCA_UPSTREAM "\", \"upstream_commit\": \"" TCA_UPSTREAM_COMMIT
+        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": \"") + tca_cpu_simd() +
 #ifdef TCA_USE_CUDA
-        "true}";
+        "\", \"cuda\": true}";
 #else
-        "false}";
+        "\", \"cuda\": false}";
 #endif
+    return info.c_str();
 }
 
 tca_status tca_budgets_check(const tca_budgets * budgets) {

@@ -244,6 +244,10 @@ struct work_split {
 
 } // namespace
 
+const char * tca_cpu_simd(void) {
+    return TCA_SIMD_NAME;
+}
+
 void tca_cpu_attn(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
     const attn_args a(dst);
     const int64_t dk = a.k->ne[0], dv = a.v->ne[0];

@@ -25,12 +25,15 @@ struct tca_full {
     static inline type fma  (type acc, type a, type b)       { return GGML_F32_VEC_FMA(acc, a, b); }
     static inline type exp  (type x)                         { return ggml_v_expf(x); }
 #    if defined(__AVX512F__)
+#        define TCA_SIMD_NAME "avx512"
     static inline type max  (type a, type b)                 { return _mm512_max_ps(a, b); }
     static inline type sub  (type a, type b)                 { return _mm512_sub_ps(a, b); }
 #    elif defined(__AVX2__)
+#        define TCA_SIMD_NAME "avx2"
     static inline type max  (type a, type b)                 { return _mm256_max_ps(a, b); }
     static inline type sub  (type a, type b)                 { return _mm256_sub_ps(a, b); }
 #    else
+#        define TCA_SIMD_NAME "neon"
     static inline type max  (type a, type b)                 { return vmaxq_f32(a, b); }
     static inline type sub  (type a, type b)                 { return vsubq_f32(a, b); }
 #    endif
@@ -79,6 +82,8 @@ typedef tca_full tca_half;
 #    endif
 
 #else
+
+#    define TCA_SIMD_NAME "generic"
 
 struct tca_full {
     typedef float type;

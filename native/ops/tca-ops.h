@@ -90,6 +90,9 @@ struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml
 struct ggml_tensor * tca_build_compact(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * v,
         struct ggml_tensor * pos, struct ggml_tensor * desc, int row, const tca_select_params * params);
 
+// Vector extension the CPU kernels were compiled for: "avx512", "avx2", "neon" or "generic".
+const char * tca_cpu_simd(void);
+
 // CPU kernels (ggml_custom_op_t).
 void tca_cpu_append      (struct ggml_tensor * dst, int ith, int nth, void * userdata);
 void tca_cpu_attn        (struct ggml_tensor * dst, int ith, int nth, void * userdata);
