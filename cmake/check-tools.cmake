@@ -67,7 +67,7 @@ if(TCA_CCACHE AND NOT CMAKE_C_COMPILER_LAUNCHER AND NOT CMAKE_CXX_COMPILER_LAUNC
     execute_process(COMMAND ${CMAKE_C_COMPILER} -march=native -dM -E -x c /dev/null OUTPUT_FILE ${native} ERROR_QUIET)
     foreach(language C CXX CUDA)
         set(CMAKE_${language}_COMPILER_LAUNCHER ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=1
-            CCACHE_EXTRAFILES=${native} ${TCA_CCACHE})
+            CCACHE_EXTRAFILES=${native} CCACHE_SLOPPINESS=locale ${TCA_CCACHE})
     endforeach()
 endif()
 
