@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import gguf_file, models
+from . import gguf_file, logs, models
 from .chat import Engine, Sampling, Turn, cache_stats, chat_prompt
 from .errors import TcaError
+from .llama import load
 from .loading import open_llama
 
 MODEL = "smollm2"
@@ -111,6 +112,7 @@ def run(
     verbose: bool = False,
 ) -> dict[str, Any]:
     """The whole demo: {"model", "question", "expected", "sides": [{...dense}, {...tca}]}. Raises TcaError."""
+    logs.take_over(load(), verbose)
     path = prepare(report, progress, n_threads)
     text = document(DOCUMENT_WORDS)
     sides = []
