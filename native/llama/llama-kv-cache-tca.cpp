@@ -223,8 +223,10 @@ llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & bal
     balloc.split_reset();
     std::vector<llama_ubatch> ubatches;
     std::vector<uint64_t>     n_tokens(streams.size());
+    std::vector<int64_t>      next_pos(streams.size());
     for (size_t s = 0; s < streams.size(); ++s) {
         n_tokens[s] = streams[s].state.n_tokens;
+        next_pos[s] = n_tokens[s] == 0 ? -1 : (int64_t) streams[s].pos0 + streams[s].state.n_tokens;  // -1: any
     }
 
     while (true) {
@@ -239,7 +241,17 @@ llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & bal
             }
         }
         for (uint32_t s = 0; s < ubatch.n_seqs; ++s) {
-            n_tokens[ubatch.seq_id[s*ubatch.n_seq_tokens][0]] += ubatch.n_seq_tokens;
+            const llama_seq_id id = ubatch.seq_id[s*ubatch.n_seq_tokens][0];
+            for (uint32_t i = s*ubatch.n_seq_tokens; i < (s + 1)*ubatch.n_seq_tokens; ++i) {
+                // positions are stored by counting; llama.cpp itself lets a position occur twice
+                if (next_pos[id] >= 0 && ubatch.pos[i] != next_pos[id]) {
+                    LLAMA_LOG_ERROR("tca: position %d of sequence %d does not follow %lld; the ragged cache needs consecutive positions\n",
+                            ubatch.pos[i], id, (long long) next_pos[id] - 1);
+                    return fail();
+                }
+                next_pos[id] = (int64_t) ubatch.pos[i] + 1;
+            }
+            n_tokens[id] += ubatch.n_seq_tokens;
         }
         ubatches.push_back(std::move(ubatch));
     }
@@ -312,6 +324,13 @@ bool llama_kv_cache_tca::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1)
 
     const size_t first = seq_id < 0 ? 0              : seq_id;
     const size_t last  = seq_id < 0 ? streams.size() : seq_id + 1;
+    for (size_t s = first; s < last; ++s) {
+        if (std::find(compacting.begin(), compacting.end(), s) != compacting.end()) {
+            // llama_decode takes back a micro-batch that failed: a group may be compacted in some layers and not in others
+            LLAMA_LOG_WARN("tca: the micro-batch that failed was compacting sequence %zu, which is now empty\n", s);
+            streams[s] = {};
+        }
+    }
     for (size_t s = first; s < last; ++s) {
         if (!can_rm(streams[s], p0, p1)) {
             return false;
@@ -460,9 +479,7 @@ void llama_kv_cache_tca::state_read(llama_io_read_i & io, llama_seq_id seq_id, l
         io.read(&st.state.n_tokens, sizeof(uint32_t));
         io.read(&st.state.n_groups, sizeof(uint32_t));
         io.read(&st.pos0,           sizeof(llama_pos));
-        const uint64_t fixed = plan.budgets.sinks + (uint64_t) st.state.n_groups*plan.budgets.group_size;
-        if (st.state.n_tokens > plan.n_ctx_seq || (st.state.n_groups > 0 && fixed > st.state.n_tokens) || st.pos0 < 0 ||
-                st.state.n_groups > tca_plan_groups_at(plan.budgets.view(), plan.n_ctx_seq)) {
+        if (!plan.possible(st.state) || st.pos0 < 0 || st.pos0 > std::numeric_limits<llama_pos>::max() - (llama_pos) plan.n_ctx_seq) {
             throw std::runtime_error("tca: the saved state does not fit this context; use the same n_ctx and budgets");
         }
         for_each_region(s, st.state, [&](const layer & l, int64_t slot, int64_t n) {
@@ -499,7 +516,14 @@ llama_kv_cache_tca_context::llama_kv_cache_tca_context(llama_kv_cache_tca * kv, 
         status(LLAMA_MEMORY_STATUS_SUCCESS), kv(kv), ubatches(std::move(ubatches)) {
 }
 
+llama_kv_cache_tca_context::~llama_kv_cache_tca_context() {
+    if (!ubatches.empty()) {
+        kv->set_compacting({});
+    }
+}
+
 bool llama_kv_cache_tca_context::next() {
+    kv->set_compacting({});
     return ++i_cur < ubatches.size();
 }
 
@@ -514,6 +538,7 @@ bool llama_kv_cache_tca_context::apply() {
     const llama_ubatch & ubatch = ubatches[i_cur];
 
     cur.clear();
+    std::vector<uint32_t> compacting;
     for (uint32_t i = 0; i < ubatch.n_seqs; ++i) {
         const uint32_t     token = i*ubatch.n_seq_tokens;
         const llama_seq_id id    = ubatch.seq_id[token][0];
@@ -531,7 +556,11 @@ bool llama_kv_cache_tca_context::apply() {
             cur[j][i] = { (uint32_t) id, token + done, (llama_pos) (ubatch.pos[token] + done), segments[j] };
             done += segments[j].n_tokens;
         }
+        if (segments.front().compacts) {  // only the last segment may not
+            compacting.push_back(id);
+        }
     }
+    kv->set_compacting(std::move(compacting));
     return true;
 }
 

@@ -73,6 +73,9 @@ public:
     uint64_t         bytes()                    const;
     uint64_t         bytes_dense()              const;
 
+    // Sequences that the micro-batch under way compacts; none between micro-batches.
+    void set_compacting(std::vector<uint32_t> seqs) { compacting = std::move(seqs); }
+
     // Does what seq_cp() put off. No graph may be running.
     void copy_pending_streams() const;
     bool has_pending_copies() const { return !copies.empty(); }
@@ -89,6 +92,7 @@ private:
 
     std::vector<layer>  layers;
     std::vector<stream> streams;
+    std::vector<uint32_t> compacting;
 
     struct stream_copy {
         uint32_t      from;
@@ -121,6 +125,8 @@ public:
     explicit llama_kv_cache_tca_context(llama_kv_cache_tca * kv);                                     // full cache, for reserving
     llama_kv_cache_tca_context(llama_kv_cache_tca * kv, llama_memory_status status);                  // update
     llama_kv_cache_tca_context(llama_kv_cache_tca * kv, std::vector<llama_ubatch> ubatches);          // batch
+
+    ~llama_kv_cache_tca_context() override;
 
     bool next()  override;
     bool apply() override;

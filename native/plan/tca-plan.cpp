@@ -61,6 +61,16 @@ uint32_t tca_plan::n_fixed(const tca_seq_state & s) const {
     return s.n_groups == 0 ? 0 : budgets.sinks + s.n_groups*budgets.group_size;
 }
 
+bool tca_plan::possible(const tca_seq_state & s) const {
+    const tca_budgets b = budgets.view();
+    if (s.n_tokens > n_ctx_seq || !selects) {
+        return s.n_tokens <= n_ctx_seq && s.n_groups == 0;
+    }
+    // more groups than n_tokens alone would have compacted are left by a rollback, but never of removed tokens
+    return s.n_groups >= tca_plan_groups_at(b, s.n_tokens) && s.n_groups <= tca_plan_groups_at(b, n_ctx_seq) &&
+        n_fixed(s) <= s.n_tokens;
+}
+
 std::vector<tca_segment> tca_plan::advance(tca_seq_state & s, uint32_t n_tokens) const {
     std::vector<tca_segment> res;
     while (n_tokens > 0) {

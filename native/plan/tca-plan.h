@@ -57,6 +57,9 @@ public:
     // Number of leading tokens that can no longer be removed one by one: 0 if nothing was compacted.
     uint32_t n_fixed(const tca_seq_state & state) const;
 
+    // Whether a sequence can be in this state: it fits the context and no group was compacted too early or left out.
+    bool possible(const tca_seq_state & state) const;
+
     // Cuts n_tokens into segments and moves the state past them.
     std::vector<tca_segment> advance(tca_seq_state & state, uint32_t n_tokens) const;
 

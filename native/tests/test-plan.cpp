@@ -213,6 +213,39 @@ TEST(rollbacks_of_the_dense_tail) {
     CHECK(n_rollbacks > 5000 && deeper > 500, "%lld rollbacks, %lld behind a compaction", (long long) n_rollbacks, (long long) deeper);
 }
 
+// A saved state comes from outside: its counters must be ones that tokens and rollbacks can lead to, or a region would overflow.
+TEST(possible_states_are_those_that_can_be_reached) {
+    for (int seed = 0; seed < 60; ++seed) {
+        random_t rng(4000 + seed);
+        const uint32_t n_ctx = rng.range(20, 200);
+        const tca_plan plan(make_budgets(rng, seed % 15 == 0), n_ctx);
+        const uint32_t group = plan.budgets.group_size, n_max = n_ctx/group + 3;
+        std::vector<bool> reached((n_ctx + 1)*n_max, false);
+        tca_seq_state state;
+        for (uint32_t t = 0; t <= n_ctx; ++t) {
+            // from here any rollback in the dense part can follow
+            for (uint32_t to = plan.n_fixed(state); to <= state.n_tokens; ++to) {
+                reached[to*n_max + state.n_groups] = true;
+            }
+            plan.advance(state, t < n_ctx);
+        }
+        for (uint32_t n_tokens = 0; n_tokens <= n_ctx; ++n_tokens) {
+            for (uint32_t n_groups = 0; n_groups < n_max; ++n_groups) {
+                const tca_seq_state s = { n_tokens, n_groups };
+                CHECK(plan.possible(s) == reached[n_tokens*n_max + n_groups], "seed %d: T %u, %u groups", seed, n_tokens, n_groups);
+                for (uint32_t i = 0; plan.possible(s) && i < plan.n_layer()*plan.n_head_kv(); ++i) {
+                    const uint32_t il = i/plan.n_head_kv(), h = i%plan.n_head_kv();
+                    CHECK(plan.length(il, h, s) >= 0 && plan.length(il, h, s) <= plan.capacity(il, h), "a possible state overflows");
+                }
+            }
+        }
+        for (const tca_seq_state & s : { tca_seq_state { n_ctx + 1, 0 }, { UINT32_MAX, 0 }, { n_ctx, UINT32_MAX }, { UINT32_MAX, UINT32_MAX },
+                { 0, 1u << 31 }, { n_ctx, UINT32_MAX/group } }) {
+            CHECK(!plan.possible(s), "T %u, %u groups", s.n_tokens, s.n_groups);
+        }
+    }
+}
+
 TEST(regions_tile_the_store) {
     for (int seed = 0; seed < 100; ++seed) {
         random_t rng(3000 + seed);

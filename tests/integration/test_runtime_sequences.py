@@ -1,0 +1,272 @@
+"""Several sequences side by side, and what llama.cpp's memory calls do to compacted ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime_context import FIRST, GROUP, SINKS, WINDOW, Context, same_positions
+
+LENGTHS = (333, 150, 260, 97)
+STARTS = (0, 60, 120, 180)  # where in the shared text each sequence begins
+
+
+def prompt(ids: list[int], i: int) -> list[int]:
+    return (ids + ids)[STARTS[i] : STARTS[i] + LENGTHS[i]]
+
+
+@pytest.fixture
+def ctx(tca_model: Path) -> Iterator[Context]:
+    with Context(tca_model, n_ctx=2048, n_seq_max=4) as c:
+        yield c
+
+
+@pytest.fixture(scope="module")
+def alone(tca_model: Path, ids: list[int]) -> list[tuple[list[int], list[np.ndarray]]]:
+    """Greedy tokens and positions of each sequence in a context of its own."""
+    result = []
+    for i in range(4):
+        with Context(tca_model) as c:
+            tokens = c.greedy(prompt(ids, i), 10)
+            result.append((tokens, c.positions()))
+    return result
+
+
+@pytest.mark.parametrize("n_seqs", [2, 4])
+@pytest.mark.parametrize("kv_unified", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_side_by_side_as_alone(tca_model: Path, ids: list[int], alone, n_seqs: int, kv_unified: bool, together: bool) -> None:
+    with Context(tca_model, n_ctx=4 * 512, n_seq_max=4, kv_unified=kv_unified) as c:
+        assert c.info().n_stream == 4 and c.info().n_ctx_seq == 512
+        tokens: list[list[int]] = [[] for _ in range(n_seqs)]
+        if together:  # all prompts in one batch, tokens of the sequences mixed
+            entries = sorted((p, i) for i in range(n_seqs) for p in range(LENGTHS[i]))
+            batch = [(prompt(ids, i)[p], p, [i], p == LENGTHS[i] - 1) for p, i in entries]
+            assert c.batch(batch) == 0
+            for row, (p, i) in enumerate(entries):
+                if p == LENGTHS[i] - 1:
+                    tokens[i].append(int(c.logits(row).argmax()))
+        else:
+            for i in range(n_seqs):
+                tokens[i].append(int(c.feed(prompt(ids, i), i).argmax()))
+        for step in range(9):  # decode in one batch, the sequences in turning order
+            order = [(i + step) % n_seqs for i in range(n_seqs)]
+            assert c.batch([(tokens[i][-1], LENGTHS[i] + step, [i], True) for i in order]) == 0
+            for row, i in enumerate(order):
+                tokens[i].append(int(c.logits(row).argmax()))
+        for i in range(n_seqs):
+            assert tokens[i] == alone[i][0]
+            assert same_positions(c.positions(i), alone[i][1])
+            assert c.sequence(i) == (LENGTHS[i] + 9, max(0, (LENGTHS[i] + 9 - SINKS - WINDOW) // GROUP))
+        for i in range(n_seqs, 4):
+            assert c.sequence(i) == (0, 0) and c.pos_max(i) == -1
+
+
+# ---- seq_rm ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "cut"), [(100, 60), (100, 1), (FIRST - 1, FIRST - 2), (300, 260), (254, 240)])
+def test_a_tail_is_removed_as_if_it_never_was(ctx: Context, tca_model: Path, ids: list[int], n: int, cut: int) -> None:
+    """The cut is behind the last compaction, so that a run without the tail has compacted the same groups."""
+    assert max(0, (n - 64) // GROUP) == max(0, (cut - 64) // GROUP)
+    ctx.feed(ids[:n])
+    assert ctx.rm(0, cut, -1)
+    assert ctx.sequence() == (cut, max(0, (cut - 64) // GROUP)) and ctx.pos_max() == cut - 1
+    got = ctx.feed(ids[350:430])
+    with Context(tca_model) as fresh:
+        fresh.feed(ids[:cut])
+        want = fresh.feed(ids[350:430])
+        assert same_positions(ctx.positions(), fresh.positions())
+    assert np.abs(got - want).max() < 1e-3 and got.argmax() == want.argmax()
+
+
+def test_a_tail_behind_a_compaction_still_goes_while_it_is_dense(ctx: Context, ids: list[int]) -> None:
+    ctx.feed(ids[:256])
+    fixed = SINKS + 3 * GROUP
+    assert ctx.sequence() == (256, 3) and ctx.pos_min() == fixed
+    before = ctx.positions()
+    for p0 in (0, 1, SINKS, 100, fixed - 1):  # tails that reach into compacted groups
+        assert ctx.rm(0, p0, -1) is (p0 == 0) if p0 else True
+    assert ctx.sequence() == (256, 3) and same_positions(ctx.positions(), before)
+    assert ctx.rm(0, fixed, -1)
+    assert ctx.sequence() == (fixed, 3) and ctx.pos_max() == fixed - 1 and ctx.pos_min() <= ctx.pos_max()
+    assert [len(p) for p in ctx.positions()] == [len(p) - 48 for p in before]
+    got = ctx.feed(ids[fixed:400])
+    assert np.isfinite(got).all() and ctx.sequence() == (400, 5)
+
+
+def test_what_cannot_be_removed_stays(ctx: Context, tca_model: Path, ids: list[int]) -> None:
+    ctx.feed(ids[:300])
+    ctx.feed(ids[:50], seq=1)
+    before = ctx.positions(), ctx.sequence(), ctx.pos_min(), ctx.pos_max()
+    for p0, p1 in ((0, 10), (0, 299), (10, 20), (20, -1), (100, 300), (207, -1), (250, 260), (299, 299 + 0), (-1, 5), (1, 10_000)):
+        removed = ctx.rm(0, p0, p1)
+        assert removed is (p0 == p1)  # an empty range is removed at once
+        after = ctx.positions(), ctx.sequence(), ctx.pos_min(), ctx.pos_max()
+        assert same_positions(before[0], after[0]) and before[1:] == after[1:]
+    assert ctx.rm(-1, 30, -1) is False  # all sequences: sequence 1 could, sequence 0 cannot, so neither does
+    assert ctx.sequence(1) == (50, 0)
+    assert ctx.rm(0, 300, -1) and ctx.rm(0, 5000, 6000) and ctx.rm(3, 0, -1)  # nothing is there
+    got = ctx.feed(ids[300:330])
+    with Context(tca_model) as fresh:
+        fresh.feed(ids[:300])
+        assert np.abs(got - fresh.feed(ids[300:330])).max() < 1e-3
+
+
+@pytest.mark.parametrize("ends", [(0, -1), (-1, -1), (0, 300), (0, 10**9)])
+def test_a_whole_sequence_goes(ctx: Context, tca_model: Path, ids: list[int], ends: tuple[int, int]) -> None:
+    ctx.feed(ids[:300])
+    ctx.feed(ids[:200], seq=2)
+    kept = ctx.positions(2)
+    assert ctx.rm(0, *ends)
+    assert ctx.sequence() == (0, 0) and ctx.pos_min() == -1 == ctx.pos_max()
+    assert same_positions(ctx.positions(2), kept)
+    got = ctx.feed(ids[100:300])  # the room is used again
+    with Context(tca_model) as fresh:
+        assert np.abs(got - fresh.feed(ids[100:300])).max() < 1e-3
+
+
+def test_clear(ctx: Context, ids: list[int]) -> None:
+    for data in (False, True):
+        first = ctx.feed(ids[:200])
+        ctx.feed(ids[:10], seq=3)
+        ctx.C.llama_memory_clear(ctx.memory, data)
+        assert ctx.sequence() == (0, 0) and ctx.pos_max() == -1 == ctx.pos_max(3)
+        assert np.array_equal(first, ctx.feed(ids[:200]))
+        ctx.C.llama_memory_clear(ctx.memory, True)
+
+
+# ---- seq_cp, seq_keep, seq_add -----------------------------------------------------------------------------------------
+
+
+def test_a_copy_goes_its_own_way(ctx: Context, tca_model: Path, ids: list[int]) -> None:
+    ctx.feed(ids[:300])
+    ctx.C.llama_memory_seq_cp(ctx.memory, 0, 2, -1, -1)
+    assert ctx.sequence(2) == ctx.sequence(0) and ctx.pos_max(2) == 299
+    assert same_positions(ctx.positions(2), ctx.positions(0))
+    ctx.C.llama_memory_seq_cp(ctx.memory, 2, 3, 0, -1)  # a copy of a copy, and the first source goes on before it is made
+    got = ctx.feed(ids[300:400]), ctx.feed(ids[400:470], seq=2)
+    assert ctx.rm(0, 0, -1)
+    got = *got, ctx.feed(ids[300:400], seq=3)
+    with Context(tca_model) as fresh:
+        fresh.feed(ids[:300])
+        state = fresh.save(0)
+        want = [fresh.feed(ids[300:400])]
+        fresh.rm(0, 0, -1)
+        assert fresh.load(state, 0)
+        want += [fresh.feed(ids[400:470]), want[0]]
+        assert same_positions(ctx.positions(2), fresh.positions())
+    for a, b in zip(got, want, strict=True):
+        assert np.abs(a - b).max() < 1e-3
+
+
+def test_copies_of_a_part(ctx: Context, ids: list[int]) -> None:
+    ctx.feed(ids[:300])
+    ctx.C.llama_memory_seq_cp(ctx.memory, 0, 1, 0, 280)  # the cut lies in the dense part
+    assert ctx.sequence(1) == (280, 3)
+    assert all(np.array_equal(a, b[: len(a)]) for a, b in zip(ctx.positions(1), ctx.positions(0), strict=True))
+    for p0, p1 in ((0, 100), (50, -1), (290, -1)):
+        ctx.feed(ids[:20], seq=2)
+        ctx.C.llama_memory_seq_cp(ctx.memory, 0, 2, p0, p1)  # cannot be done: no half sequence is left that looks like one
+        assert ctx.sequence(2) == (0, 0) and ctx.pos_max(2) == -1
+    assert "seq_cp" in "".join(Context.lines)
+    ctx.C.llama_memory_seq_cp(ctx.memory, 3, 1, -1, -1)  # a copy of nothing
+    assert ctx.sequence(1) == (0, 0)
+    ctx.C.llama_memory_seq_cp(ctx.memory, 0, 0, -1, -1)
+    assert ctx.sequence(0) == (300, 3)
+
+
+def test_keep(ctx: Context, ids: list[int]) -> None:
+    for seq in range(4):
+        ctx.feed(ids[: 50 * (seq + 3)], seq)
+    before = ctx.positions(2)
+    ctx.C.llama_memory_seq_keep(ctx.memory, 2)
+    assert [ctx.sequence(seq)[0] for seq in range(4)] == [0, 0, 250, 0]
+    assert same_positions(ctx.positions(2), before)
+
+
+def test_positions_cannot_be_shifted(ctx: Context, tca_model: Path, ids: list[int]) -> None:
+    assert not ctx.C.llama_memory_can_shift(ctx.memory)
+    ctx.feed(ids[:300])
+    before = ctx.positions()
+    Context.lines.clear()
+    ctx.C.llama_memory_seq_add(ctx.memory, 0, 200, -1, -50)
+    ctx.C.llama_memory_seq_div(ctx.memory, 0, 0, -1, 2)
+    assert "seq_add" in "".join(Context.lines) and "seq_div" in "".join(Context.lines)
+    assert ctx.sequence() == (300, 3) and ctx.pos_max() == 299 and same_positions(ctx.positions(), before)
+    got = ctx.feed(ids[300:330])
+    with Context(tca_model) as fresh:
+        fresh.feed(ids[:300])
+        assert np.abs(got - fresh.feed(ids[300:330])).max() < 1e-3
+
+
+# ---- batches that must be refused --------------------------------------------------------------------------------------
+
+
+def test_a_full_context(tca_model: Path, ids: list[int]) -> None:
+    with Context(tca_model, n_ctx=256, n_ubatch=64) as c:
+        assert c.info().n_ctx_seq == 256
+        c.feed(ids[:250])
+        before = c.positions()
+        assert c.batch([(5, 250 + i, [0], True) for i in range(7)]) == 1  # as the stock cache answers
+        assert c.sequence() == (250, 2) and same_positions(c.positions(), before)
+        c.feed(ids[250:256])
+        assert c.batch([(5, 256, [0], True)]) == 1
+        assert c.sequence()[0] == 256
+        assert c.rm(0, 240, -1)
+        assert np.isfinite(c.feed(ids[:16])).all()
+
+
+def test_a_token_of_two_sequences(ctx: Context, ids: list[int]) -> None:
+    ctx.feed(ids[:20])
+    assert ctx.batch([(5, 0, [1, 2], True)]) != 0
+    assert "one sequence a token" in "".join(Context.lines)
+    assert [ctx.sequence(seq)[0] for seq in range(4)] == [20, 0, 0, 0]
+
+
+@pytest.mark.parametrize("positions", [[20, 20], [20, 22], [21], [19], [5]])
+def test_positions_that_do_not_follow(ctx: Context, ids: list[int], positions: list[int]) -> None:
+    """The store numbers its tokens by counting: a batch that counts otherwise must not get in."""
+    ctx.feed(ids[:20])
+    assert ctx.batch([(5, p, [0], True) for p in positions]) != 0
+    assert ctx.sequence() == (20, 0) and np.array_equal(ctx.positions()[0], np.arange(20))
+
+
+def test_a_sequence_may_start_anywhere(ctx: Context, tca_model: Path, ids: list[int]) -> None:
+    """RoPE is relative: the same tokens at other positions give the same answer, compacted or not."""
+    want = ctx.feed(ids[:200])
+    assert ctx.batch([(t, 1000 + i, [1], i == 199) for i, t in enumerate(ids[:200])]) == 0
+    assert ctx.pos_min(1) == 1000 + SINKS + 2 * GROUP and ctx.pos_max(1) == 1199
+    assert np.abs(ctx.logits() - want).max() < 0.05
+    assert ctx.rm(1, 1190, -1) and ctx.pos_max(1) == 1189 and not ctx.rm(1, 1100, -1)
+
+
+@pytest.mark.parametrize("start", [0, 100, 126])
+@pytest.mark.parametrize("after", [1, 40, 90])
+def test_an_abort_leaves_no_half_compacted_sequence(tca_model: Path, ids: list[int], start: int, after: int) -> None:
+    """Whatever an aborted micro-batch did to some layers, no later token may be computed from it."""
+    calls, limit = 0, [10**9]
+
+    def abort() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > limit[0]
+
+    with Context(tca_model, n_seq_max=2, n_ctx=1024, abort=abort) as c, Context(tca_model) as fresh:
+        c.feed(ids[:90], seq=1)
+        if start:
+            c.feed(ids[:start])
+        calls, limit[0] = 0, after
+        status = c.batch([(t, start + i, [0], False) for i, t in enumerate(ids[start:300])])
+        limit[0] = 10**9
+        assert status == 2  # aborted
+        n, _ = c.sequence()
+        assert n in (0, start)
+        assert c.sequence(1) == (90, 0)
+        got = c.feed(ids[n:300])
+        want = fresh.feed(ids[:300])
+        assert same_positions(c.positions(), fresh.positions())
+        assert np.abs(got - want).max() < 1e-3
