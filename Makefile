@@ -28,7 +28,7 @@ demo: $(VENV)/installed-plot
 
 test: $(VENV)/installed-test,plot,server
 	@$(VENV)/bin/python native/scripts/upstream.py stat
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests/unit tests/integration
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pytest tests/unit tests/integration
 
 asan:
 	@.ci/setup asan
