@@ -18,8 +18,8 @@ def table_of(result: dict[str, Any]) -> Table:
     dense, tca = result["sides"]
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("")
-    table.add_column("dense", justify="right", overflow="fold")
-    table.add_column("TCA", justify="right", overflow="fold")
+    table.add_column("dense", overflow="fold")
+    table.add_column("TCA", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     table.add_row("KV cache", size(dense["kv_bytes"]), size(tca["kv_bytes"]), f"{tca['kv_bytes'] / dense['kv_bytes']:.0%}")
     for key, name in (("prefill_tps", "prefill, tokens/s"), ("decode_tps", "decode, tokens/s")):
@@ -53,4 +53,4 @@ def demo_command(threads: int | None, verbose: bool, as_json: bool) -> None:
     console = out()
     console.print(f"\nA document of {result['sides'][0]['prompt_tokens']} tokens, then: [italic]{escape(result['question'])}[/italic]")
     console.print(table_of(result))
-    console.print(f"\nThe model with its budgets: {result['model']}\nTalk to it: tca-gguf chat {result['model']}", style="dim", markup=False)
+    console.print(f"\nTalk to it: tca-gguf chat {result['model']}", style="dim", markup=False, soft_wrap=True)
