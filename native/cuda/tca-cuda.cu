@@ -58,7 +58,11 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, bool part
     // tokens of one sequence: the micro-batch splits evenly among sequences
     const int64_t n_rows = a.gqa*((q->ne[2] + desc->ne[2] - 1)/desc->ne[2]);
     if (partial && n_rows <= 8) {
-        tca_cuda_decode(store, a, head_dim, ctx.stream());
+        if (ggml_is_quantized(k->type) && ggml_is_quantized(v->type)) {
+            tca_cuda_decode_quantized(store, a, head_dim, ctx.stream());
+        } else {
+            tca_cuda_decode(store, a, head_dim, ctx.stream());
+        }
         return;
     }
 #ifdef TCA_CUDA_HOPPER

@@ -1,69 +1,73 @@
-// Decode: a few query rows over long regions. One block takes one chunk of TCA_ATTN_CHUNK slots of one region and reads its K
+// Decode: a few query rows over long regions. A cluster takes one chunk of TCA_ATTN_CHUNK slots of one region and reads its K
 // and V rows once for all rows of the group; then one pass combines the chunks. Bound by the memory's speed: the bytes of K and
 // V go through shared memory in a ring of tiles that is always ahead of the arithmetic, whatever the type.
-#include "tca-kernels.cuh"
+#include "tca-decode.cuh"
 
-constexpr int WARPS  = 8;
-constexpr int STAGES = 3;
-constexpr int STAGE  = 128*136 + 16;  // 128 rows of q8_0 x 128, and room to align the start down to 16 bytes
+constexpr int WARPS = DECODE_WARPS;
 
-// rows: at most ROWS query rows of a KV head at a time; grid (n_chunks, n_head_kv, n_seqs)
+template <int ROWS>
+static __device__ __forceinline__ void load_rows(float * x, const float * p) {
+    if constexpr (ROWS >= 4) {
+#pragma unroll
+        for (int i = 0; i < ROWS/4; ++i) {
+            const float4 f = ((const float4 *) p)[i];
+            x[4*i] = f.x; x[4*i + 1] = f.y; x[4*i + 2] = f.z; x[4*i + 3] = f.w;
+        }
+    } else if constexpr (ROWS == 2) {
+        const float2 f = *(const float2 *) p;
+        x[0] = f.x; x[1] = f.y;
+    } else {
+        x[0] = *p;
+    }
+}
+
+// Sums of N values over 2*O lanes; every step also halves the values that a lane keeps, down to x[0].
+template <int N, int O>
+static __device__ __forceinline__ void reduce(float * x, int part) {
+    if constexpr (N > 1) {
+        const bool upper = part & O;
+#pragma unroll
+        for (int i = 0; i < N/2; ++i) {
+            const float give = upper ? x[i] : x[i + N/2];
+            const float keep = upper ? x[i + N/2] : x[i];
+            x[i] = keep + __shfl_xor_sync(0xffffffff, give, O);
+        }
+    } else if constexpr (O > 0) {
+        x[0] += __shfl_xor_sync(0xffffffff, x[0], O);
+    }
+    if constexpr (O > 0) {
+        reduce<(N > 1 ? N/2 : 1), O/2>(x, part);
+    }
+}
+
+// rows: at most ROWS query rows of a KV head at a time; grid (n_chunks*cluster, n_head_kv, n_seqs)
 template <int D, int ROWS>
 static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_kernel(const tca_store s, const tca_queries a) {
     constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // lanes that share a row, 8 elements each
-    constexpr int STEP  = WARPS*(32/LANES);                  // rows that the block takes at once
+    constexpr int STEP  = WARPS*(32/LANES);                  // rows of V that the block takes at once
+    constexpr int BATCH = LANES/ROWS < 4 ? LANES/ROWS : 4;   // rows of K that a lane takes at once
+    constexpr int SUMS  = BATCH*ROWS;
 
     extern __shared__ __align__(16) char smem[];
-    char  * stages = smem;
-    float * scores = (float *) (smem + STAGES*STAGE);        // [TCA_ATTN_CHUNK, ROWS], log2 units, then probabilities
+    __shared__ tca_decode_result<D, ROWS> result;
+    float * scores = (float *) (smem + DECODE_STAGES*DECODE_STAGE);  // [slots, ROWS], log2 units, then probabilities
 
-    const int chunk = blockIdx.x, head = blockIdx.y, seq = blockIdx.z;
-    const int32_t * d = tca_region(s, seq, head);
-    const int used = d[TCA_DESC_USED], count = d[TCA_DESC_COUNT];
-    const int j0   = chunk*TCA_ATTN_CHUNK;
-    if (count == 0 || j0 >= used) {
+    const tca_cluster      cluster;
+    const tca_decode_range range(s, cluster);
+    if (range.empty) {
         return;
     }
-    const int n_slots = min(TCA_ATTN_CHUNK, used - j0);
-    const int past    = d[TCA_DESC_PAST];
-    const int64_t slot0 = (int64_t) d[TCA_DESC_OFFSET] + j0;
+    const tca_decode_ring ring(s, smem, range, STEP);
 
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int sub = lane / LANES, part = lane % LANES;
     const bool active = part*8 < D;
-
-    const int rows_k  = min(128, (STAGE - 16)/(int) s.nb_k)/STEP*STEP;
-    const int rows_v  = min(128, (STAGE - 16)/(int) s.nb_v)/STEP*STEP;
-    const int tiles_k = (n_slots + rows_k - 1)/rows_k;
-    const int tiles_v = (n_slots + rows_v - 1)/rows_v;
-
-    const auto tile_start = [&](int i) {
-        return i < tiles_k ? s.k + (slot0 + i*rows_k)*s.nb_k : s.v + (slot0 + (i - tiles_k)*rows_v)*s.nb_v;
-    };
-    const auto issue = [&](int i) {
-        if (i < tiles_k + tiles_v) {
-            const char * start = tile_start(i);
-            const int    shift = (int) ((uintptr_t) start & 15);
-            const char * end   = i < tiles_k ? s.k_end : s.v_end;
-            const int    rows  = i < tiles_k ? min(rows_k, n_slots - i*rows_k) : min(rows_v, n_slots - (i - tiles_k)*rows_v);
-            const int    bytes = shift + rows*(int) (i < tiles_k ? s.nb_k : s.nb_v);
-            const uint32_t to  = tca_smem(stages + (i % STAGES)*STAGE);
-            for (int b = tid*16; b < bytes; b += 32*WARPS*16) {
-                const char * from = start - shift + b;
-                tca_cp_async(to + b, from, (int) min((int64_t) 16, (int64_t) (end - from)));
-            }
-        }
-        tca_cp_async_commit();
-    };
+    const int32_t * d = range.d;
+    const int head = blockIdx.y, count = d[TCA_DESC_COUNT], past = d[TCA_DESC_PAST];
 
     for (int r0 = 0; r0 < count*a.gqa; r0 += ROWS) {
         const int n_rows = min(ROWS, count*a.gqa - r0);
-
-        __syncthreads();  // the stages of the last round are free
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; ++i) {
-            issue(i);
-        }
+        ring.start();
 
         float acc[ROWS][8];  // first the queries, then the output
 #pragma unroll
@@ -76,91 +80,62 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
             }
         }
 
-        for (int i = 0; i < tiles_k; ++i) {
-            tca_cp_async_wait<STAGES - 2>();
-            __syncthreads();
-            issue(i + STAGES - 1);
-            const char * tile = stages + (i % STAGES)*STAGE + ((uintptr_t) tile_start(i) & 15);
-            const int    rows = min(rows_k, n_slots - i*rows_k);
+        // sums over the lanes of a row: each halving also halves what a lane keeps, so that in the end a lane has one sum, of
+        // slot my_slot of the batch and row my_row
+        int mine = 0;
+#pragma unroll
+        for (int n = SUMS/2, o = LANES/2; n >= 1; n /= 2, o /= 2) {
+            mine += part & o ? n : 0;
+        }
+        const int  my_slot    = mine/ROWS*(32/LANES) + sub, my_row = mine % ROWS;
+        const int  my_visible = past + (r0 + my_row)/a.gqa + 1 - range.j0;
+        const bool my_turn    = part % (LANES/SUMS) == 0;
+
+        for (int i = 0; i < ring.tiles_k; ++i) {
+            const char * tile = ring.next(i);
+            const int    rows = ring.rows(i);
             tca_with_type(s.type_k, [&](auto tag) {
                 constexpr ggml_type type = decltype(tag)::value;
-#pragma unroll 2
-                for (int j = warp*(32/LANES) + sub; j - sub < rows; j += STEP) {
-                    float x[8], sum[ROWS];
-                    float scale = 0.0f;
-                    if (active && j < rows) {
-                        scale = tca_load8_scaled<type>(tile + j*(int) s.nb_k, part, x);
-                    } else {
+                for (int j = warp*(32/LANES)*BATCH; j < rows; j += STEP*BATCH) {
+                    float sum[SUMS];
 #pragma unroll
-                        for (int e = 0; e < 8; ++e) {
-                            x[e] = 0.0f;
+                    for (int b = 0; b < BATCH; ++b) {
+                        const int row = j + b*(32/LANES) + sub;
+                        float x[8];
+                        float scale = 0.0f;
+                        if (active && row < rows) {
+                            scale = tca_load8_scaled<type>(tile + row*(int) s.nb_k, part, x);
+                        } else {
+#pragma unroll
+                            for (int e = 0; e < 8; ++e) {
+                                x[e] = 0.0f;
+                            }
+                        }
+#pragma unroll
+                        for (int r = 0; r < ROWS; ++r) {
+                            float t = x[0]*acc[r][0];
+#pragma unroll
+                            for (int e = 1; e < 8; ++e) {
+                                t = fmaf(x[e], acc[r][e], t);
+                            }
+                            sum[b*ROWS + r] = t*scale;
                         }
                     }
-#pragma unroll
-                    for (int r = 0; r < ROWS; ++r) {
-                        float t = 0.0f;
-#pragma unroll
-                        for (int e = 0; e < 8; ++e) {
-                            t = fmaf(x[e], acc[r][e], t);
-                        }
-                        sum[r] = t*scale;
-                    }
-                    // sums over the lanes of the row; each halving also halves the rows a lane keeps
-                    int row = 0, o = LANES/2;
-#pragma unroll
-                    for (int n = ROWS/2; n >= 1; n /= 2, o /= 2) {
-                        const bool upper = part & o;
-                        row += upper ? n : 0;
-#pragma unroll
-                        for (int r = 0; r < n; ++r) {
-                            const float give = upper ? sum[r] : sum[r + n];
-                            const float keep = upper ? sum[r + n] : sum[r];
-                            sum[r] = keep + __shfl_xor_sync(0xffffffff, give, o);
-                        }
-                    }
-#pragma unroll
-                    for (; o >= 1; o /= 2) {
-                        sum[0] += __shfl_xor_sync(0xffffffff, sum[0], o);
-                    }
-                    if (part % (LANES/ROWS) == 0 && j < rows) {
-                        const int slot = i*rows_k + j;
-                        float x2 = sum[0]*a.scale;
+                    reduce<SUMS, LANES/2>(sum, part);
+                    if (my_turn && j + my_slot < rows) {
+                        const int slot = i*ring.rows_k + j + my_slot;
+                        float x = sum[0]*a.scale;
                         if (a.softcap != 0.0f) {
-                            x2 = tca_softcap(x2, a.softcap);
+                            x = tca_softcap(x, a.softcap);
                         }
-                        scores[slot*ROWS + row] = j0 + slot <= past + (r0 + row)/a.gqa ? x2*1.44269504f : -INFINITY;
+                        scores[slot*ROWS + my_row] = slot < my_visible ? x*1.44269504f : -INFINITY;
                     }
                 }
             });
         }
         __syncthreads();
 
-        float * out = a.dst + chunk*(D + 2);
-        for (int r = warp; r < ROWS; r += WARPS) {
-            float m = TCA_NO_MAX;
-            for (int j = lane; j < n_slots; j += 32) {
-                m = fmaxf(m, scores[j*ROWS + r]);
-            }
-#pragma unroll
-            for (int o = 16; o > 0; o >>= 1) {
-                m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, o));
-            }
-            float l = 0.0f;
-            for (int j = lane; j < n_slots; j += 32) {
-                const float p = exp2f(scores[j*ROWS + r] - m);
-                scores[j*ROWS + r] = p;
-                l += p;
-            }
-#pragma unroll
-            for (int o = 16; o > 0; o >>= 1) {
-                l += __shfl_xor_sync(0xffffffff, l, o);
-            }
-            if (lane == 0 && r < n_rows) {
-                float * p = out + (head*a.gqa + (r0 + r) % a.gqa)*a.dst_head + (d[TCA_DESC_TOKEN] + (r0 + r)/a.gqa)*a.dst_token;
-                p[D]     = m == TCA_NO_MAX ? m : m*0.69314718f;
-                p[D + 1] = l;
-            }
-        }
+        tca_decode_softmax<D, ROWS>(scores, range.n_slots, result);
 
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
@@ -169,20 +144,17 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
                 acc[r][e] = 0.0f;
             }
         }
-        for (int i = tiles_k; i < tiles_k + tiles_v; ++i) {
-            tca_cp_async_wait<STAGES - 2>();
-            __syncthreads();
-            issue(i + STAGES - 1);
-            const char * tile = stages + (i % STAGES)*STAGE + ((uintptr_t) tile_start(i) & 15);
-            const int    rows = min(rows_v, n_slots - (i - tiles_k)*rows_v);
+        for (int i = ring.tiles_k; i < ring.tiles_k + ring.tiles_v; ++i) {
+            const char * tile = ring.next(i);
+            const int    rows = ring.rows(i);
             tca_with_type(s.type_v, [&](auto tag) {
                 constexpr ggml_type type = decltype(tag)::value;
 #pragma unroll 2
                 for (int j = warp*(32/LANES) + sub; j < rows; j += STEP) {
                     if (active) {
-                        float x[8];
-                        const float   scale = tca_load8_scaled<type>(tile + j*(int) s.nb_v, part, x);
-                        const float * p     = scores + ((i - tiles_k)*rows_v + j)*ROWS;
+                        float x[8], p[ROWS];
+                        const float scale = tca_load8_scaled<type>(tile + j*(int) s.nb_v, part, x);
+                        load_rows<ROWS>(p, scores + ((i - ring.tiles_k)*ring.rows_v + j)*ROWS);
 #pragma unroll
                         for (int r = 0; r < ROWS; ++r) {
                             const float w = p[r]*scale;
@@ -195,17 +167,15 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
                 }
             });
         }
-        tca_cp_async_wait<0>();
-        __syncthreads();
+        ring.finish();
 
         // sum over the rows of a warp, then over the warps
-        constexpr int BATCH = ROWS*WARPS*D*4 <= STAGES*STAGE ? ROWS : ROWS/2;
-        static_assert(BATCH*WARPS*D*4 <= STAGES*STAGE, "shared memory");
-        float * sums = (float *) stages;
+        constexpr int PART = tca_decode_part<D, ROWS>;
+        float * sums = (float *) smem;
 #pragma unroll
-        for (int b = 0; b < ROWS; b += BATCH) {
+        for (int b = 0; b < ROWS; b += PART) {
 #pragma unroll
-            for (int r = 0; r < BATCH; ++r) {
+            for (int r = 0; r < PART; ++r) {
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
                     float t = acc[b + r][e];
@@ -214,32 +184,19 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
                         t += __shfl_xor_sync(0xffffffff, t, o);
                     }
                     if (sub == 0 && active) {
-                        sums[(warp*BATCH + r)*D + part*8 + e] = t;
+                        sums[(warp*PART + r)*D + part*8 + e] = t;
                     }
                 }
             }
-            __syncthreads();
-            for (int i = tid; i < BATCH*D; i += 32*WARPS) {
-                const int r = r0 + b + i/D;
-                float t = 0.0f;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    t += sums[w*BATCH*D + i];
-                }
-                if (b + i/D < n_rows) {
-                    out[(head*a.gqa + r % a.gqa)*a.dst_head + (d[TCA_DESC_TOKEN] + r/a.gqa)*a.dst_token + i % D] = t;
-                }
-            }
-            __syncthreads();
+            tca_decode_gather<D, ROWS>(sums, b, result);
         }
+        tca_decode_write<D, ROWS>(a, range, cluster, result, r0, n_rows);
     }
 }
 
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    constexpr int smem = STAGES*STAGE + TCA_ATTN_CHUNK*ROWS*sizeof(float);
-    CUDA_CHECK(cudaFuncSetAttribute(decode_kernel<D, ROWS>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    decode_kernel<D, ROWS><<<dim3(q.n_chunks, store.n_head_kv, store.n_seqs), 32*WARPS, smem, stream>>>(store, q);
+    tca_decode_launch(decode_kernel<D, ROWS>, ROWS, store, q, stream);
 }
 
 template <int D>

@@ -53,6 +53,19 @@ static __device__ __forceinline__ float tca_softcap(float s, float cap) {
     return cap*(1.0f - 2.0f/(1.0f + __expf(2.0f*s/cap)));
 }
 
+// 8 bytes from an address that is a multiple of 2, as rows of q8_0 and q4_0 have it.
+static __device__ __forceinline__ void tca_load8_bytes(const char * p, uint32_t * w) {
+    const uint32_t * aligned = (const uint32_t *) ((uintptr_t) p & ~(uintptr_t) 3);
+    if ((uintptr_t) p & 2) {
+        const uint32_t a = aligned[0], b = aligned[1], c = ((const uint16_t *) aligned)[4];
+        w[0] = __funnelshift_r(a, b, 16);
+        w[1] = __funnelshift_r(b, c, 16);
+    } else {
+        w[0] = aligned[0];
+        w[1] = aligned[1];
+    }
+}
+
 // 8 consecutive elements of a row, from element 8*i on: x[] times the returned scale.
 template <ggml_type type>
 static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i, float * x) {
@@ -80,47 +93,69 @@ static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i
         }
         return 1.0f;
     } else if constexpr (type == GGML_TYPE_Q8_0) {
-        // rows of q8_0 and q4_0 are aligned to 2 bytes only
         const char * block = row + (i/4)*sizeof(block_q8_0);
-        const uint16_t * q = (const uint16_t *) (block + 2 + 8*(i%4));
+        uint32_t w[2];
+        tca_load8_bytes(block + 2 + 8*(i%4), w);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const uint16_t u = q[j];
-            x[2*j]     = (float) (int8_t) (u & 0xff);
-            x[2*j + 1] = (float) (int8_t) (u >> 8);
+        for (int j = 0; j < 8; ++j) {
+            // 2^23 + (x + 128) as f32
+            x[j] = __uint_as_float(__byte_perm(w[j/4] ^ 0x80808080u, 0x4b000000u, 0x7440 + j%4)) - 8388736.0f;
         }
         return __half2float(*(const half *) block);
     } else {
         static_assert(type == GGML_TYPE_Q4_0, "type");
         const char * block = row + (i/4)*sizeof(block_q4_0);
-        const uint16_t * q = (const uint16_t *) (block + 2 + 8*(i%2));
+        uint32_t w[2];
+        tca_load8_bytes(block + 2 + 8*(i%2), w);
         const int shift = i%4 < 2 ? 0 : 4;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int u = q[j] >> shift;
-            x[2*j]     = (float) ((u & 0xf) - 8);
-            x[2*j + 1] = (float) (((u >> 8) & 0xf) - 8);
+        for (int j = 0; j < 8; ++j) {
+            x[j] = __uint_as_float(__byte_perm((w[j/4] >> shift) & 0x0f0f0f0fu, 0x4b000000u, 0x7440 + j%4)) - 8388616.0f;
         }
         return __half2float(*(const half *) block);
     }
 }
 
-// The same as 8 f16 values, for the matrix units.
+// Four bytes u0..u3, as halfs 1024 + u: (u0, u1) and (u2, u3).
+static __device__ __forceinline__ half2 tca_bytes_lo(uint32_t w) {
+    const uint32_t h = __byte_perm(w, 0x64646464u, 0x4140);
+    return *(const half2 *) &h;
+}
+
+static __device__ __forceinline__ half2 tca_bytes_hi(uint32_t w) {
+    const uint32_t h = __byte_perm(w, 0x64646464u, 0x4342);
+    return *(const half2 *) &h;
+}
+
+// 8 consecutive elements as f16, for the matrix units.
 template <ggml_type type>
 static __device__ __forceinline__ uint4 tca_load8_f16(const char * row, int i) {
+    uint4 out;
+    half2 * h = (half2 *) &out;
     if constexpr (type == GGML_TYPE_F16) {
-        return ((const uint4 *) row)[i];
+        out = ((const uint4 *) row)[i];
+    } else if constexpr (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0) {
+        constexpr bool q8 = type == GGML_TYPE_Q8_0;
+        const char * block = row + (i/4)*(q8 ? sizeof(block_q8_0) : sizeof(block_q4_0));
+        const half2  d     = __half2half2(*(const half *) block);
+        const half2  zero  = __float2half2_rn(q8 ? 1024.0f + 128.0f : 1024.0f + 8.0f);
+        uint32_t w[2];
+        tca_load8_bytes(block + 2 + 8*(q8 ? i%4 : i%2), w);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t u = q8 ? w[j] ^ 0x80808080u : (w[j] >> (i%4 < 2 ? 0 : 4)) & 0x0f0f0f0fu;
+            h[2*j]     = __hmul2(__hsub2(tca_bytes_lo(u), zero), d);
+            h[2*j + 1] = __hmul2(__hsub2(tca_bytes_hi(u), zero), d);
+        }
     } else {
         float x[8];
         const float d = tca_load8_scaled<type>(row, i, x);
-        uint4 out;
-        half2 * h = (half2 *) &out;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             h[j] = __floats2half2_rn(d*x[2*j], d*x[2*j + 1]);
         }
-        return out;
     }
+    return out;
 }
 
 static __device__ __forceinline__ uint32_t tca_smem(const void * p) {
@@ -158,6 +193,7 @@ static __device__ __forceinline__ void tca_with_type(int type, F && f) {
 void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
+void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial);
 // head sizes 64 and 128 on compute capability 9.0; false: not this device or not this build

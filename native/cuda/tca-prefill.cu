@@ -228,30 +228,9 @@ template <int D>
 static __global__ void __launch_bounds__(32*WARPS, D <= 128 ? 2 : 1) prefill_kernel(const tca_store s, const tca_queries a,
         const tca_schedule w) {
     extern __shared__ __align__(16) half tiles[];
-    const int total = w.prefix[w.n_tiles];
-    if ((int) blockIdx.x >= tca_runs(w, total)) {
-        return;
-    }
-    const int end = tca_run_start(w, blockIdx.x + 1, total);
-    int at = tca_run_start(w, blockIdx.x, total);
-    for (int tile = w.first_tile[blockIdx.x]; at < end; ++tile) {
-        const int first = w.prefix[tile], last = w.prefix[tile + 1];
-        if (first == last) {
-            continue;
-        }
-        const int unit = tile/w.n_tiles_unit;
-        const int row0 = tile % w.n_tiles_unit*TILE_ROWS;
-        const int32_t * d = s.desc + (size_t) unit*TCA_DESC_SIZE;
-        const int rows   = d[TCA_DESC_COUNT]*a.gqa;
-        const int n_rows = min(TILE_ROWS, rows - row0);
-        const int stop   = min(end, last);
-        const int visible = d[TCA_DESC_PAST] + (row0 + n_rows - 1)/a.gqa + 1;
-        const bool whole = at == first && stop == last;
-        float * partial = whole ? nullptr : w.partial + ((size_t) blockIdx.x*2 + (at == first))*TILE_ROWS*(D + 2);
-        attend<D>(s, a, d, unit % s.n_head_kv, row0, n_rows, (at - first)*tile_keys<D>, min((stop - first)*tile_keys<D>, visible),
-                tiles, partial, 0, 0, false);
-        at = stop;
-    }
+    tca_for_each_work(s, a.gqa, w, D, [&](const tca_work & x) {
+        attend<D>(s, a, x.d, x.head, x.row0, x.n_rows, x.key0, x.key1, tiles, x.partial, 0, 0, false);
+    });
 }
 
 // ATTN_PARTIAL with many rows: grid (n_chunks, n_head_kv, n_seqs)
@@ -285,7 +264,7 @@ static void launch(ggml_backend_cuda_context & ctx, const tca_store & store, con
     tca_schedule_memory memory(ctx.pool());
     const tca_schedule w = tca_schedule_make(memory, store, q, D, TILE_ROWS, tile_keys<D>,
             std::max(per_sm, 1)*ggml_cuda_info().devices[ctx.device].nsm, stream);
-    prefill_kernel<D><<<w.n_blocks, 32*WARPS, smem, stream>>>(store, q, w);
+    prefill_kernel<D><<<w.n_runs_max, 32*WARPS, smem, stream>>>(store, q, w);
     tca_schedule_finish(w, store, q, D, stream);
 }
 

@@ -395,8 +395,13 @@ static double time_ms(ggml_cgraph * gf, int n_nodes) {
     return ms[ms.size()/2];
 }
 
+static std::string bench_filter;  // second argument: "decode q8_0 51200" runs that one alone
+
 // One layer of an 8B shape; 8 regions of uneven lengths with the given mean.
 static void bench_case(const char * what, ggml_type type, int n_tokens, int mean, bool even, double copy) {
+    if (text_of("%s %s %d", what, ggml_type_name(type), mean).find(bench_filter) == std::string::npos) {
+        return;
+    }
     const int hkv = 8, gqa = 4, dim = 128, repeat = n_tokens == 1 ? 20 : 2;
     op_case c;
     c.type_k = c.type_v = type;
@@ -407,7 +412,7 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
     std::vector<int32_t> desc;
     int longest = 0;
     for (int h = 0; h < hkv; ++h) {
-        const int n = even ? mean : (int) (mean*(0.1 + 1.8*h/(hkv - 1)));
+        const int n = std::max(n_tokens, even ? mean : (int) (mean*(0.1 + 1.8*h/(hkv - 1))));
         for (int32_t x : { (int32_t) slots, n - n_tokens, 0, n_tokens, 0, h % 2 ? 8 : 8, 1, n }) { desc.push_back(x); }
         slots += n;
         longest = std::max(longest, n);
@@ -448,6 +453,9 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
 }
 
 static void bench_compact(ggml_type type) {
+    if (!bench_filter.empty()) {
+        return;
+    }
     op_case c;
     c.compact = true;
     c.type_k = c.type_v = type;
@@ -509,5 +517,9 @@ static int bench() {
 
 int main(int argc, char ** argv) {
     ggml_backend_load_all();
-    return argc > 1 && strcmp(argv[1], "bench") == 0 ? bench() : run_tests(argc, argv);
+    if (argc > 1 && strcmp(argv[1], "bench") == 0) {
+        bench_filter = argc > 2 ? argv[2] : "";
+        return bench();
+    }
+    return run_tests(argc, argv);
 }
