@@ -33,9 +33,9 @@ def make_budgets(path: Path, dense: bool = False, seed: int = 1, **changes: Any)
 
 
 def write_model(source: Path, target: Path, *, layers: int | None = None, f32: bool = False, arch: str | None = None,
-                tensors: bool = True) -> Path:
-    """A copy of a GGUF model without its tokenizer: the first layers only, weights as f32, under another architecture's name,
-    metadata only."""
+                tensors: bool = True, tokenizer: bool = False) -> Path:
+    """A copy of a GGUF model: the first layers only, weights as f32, under another architecture's name, metadata only. Without
+    the tokenizer, which is slow to copy, unless it is asked for."""
     from gguf.quants import dequantize
 
     reader = GGUFReader(source)
@@ -44,15 +44,16 @@ def write_model(source: Path, target: Path, *, layers: int | None = None, f32: b
     for field in reader.fields.values():
         if field.name.startswith("GGUF.") or field.name == "general.architecture":
             continue
-        if field.name.startswith("tokenizer."):
-            continue  # slow to copy, and the tests give token ids
+        if field.name.startswith("tokenizer.") and not tokenizer:
+            continue
         value = field.contents()
         if field.name == f"{old}.block_count" and layers:
             value = layers
         name = f"{arch}.{field.name.split('.', 1)[1]}" if arch and field.name.startswith(f"{old}.") else field.name
         kind = field.types[0]
         writer.add_key_value(name, value, kind, sub_type=field.types[-1] if kind == GGUFValueType.ARRAY else None)
-    writer.add_string("tokenizer.ggml.model", "no_vocab")
+    if not tokenizer:
+        writer.add_string("tokenizer.ggml.model", "no_vocab")
     if arch and f"{arch}.attention.layer_norm_epsilon" not in reader.fields:
         writer.add_float32(f"{arch}.attention.layer_norm_epsilon", 1e-5)  # what architectures without RMS norms ask for
     for tensor in reader.tensors if tensors else []:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime_context import make_budgets, write_model
 from tca_gguf import bench, gguf_file, llama, logs, models, native
 from tca_gguf.budgets import Budgets
 from tca_gguf.chat import Chat, Engine, Sampling, Turn, cache_stats, chat_prompt
@@ -29,9 +30,12 @@ TEXT = "\n".join(f"Line {i}: the {w} stands by the {v}." for i, (w, v) in enumer
 
 
 @pytest.fixture(scope="module")
-def model(tca_model) -> Path:
-    """Six layers: for all that does not depend on what is said."""
-    return tca_model
+def model(smollm2, tmp_path_factory) -> Path:
+    """Six layers and the tokenizer: for all that does not depend on what is said."""
+    folder = tmp_path_factory.mktemp("cli")
+    plain = write_model(smollm2, folder / "plain.gguf", layers=6, tokenizer=True)
+    gguf_file.embed_budgets(plain, folder / "tca.gguf", make_budgets(plain))
+    return folder / "tca.gguf"
 
 
 @pytest.fixture(scope="module")
