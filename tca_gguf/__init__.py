@@ -8,9 +8,30 @@ Importing the package loads no native library; the first use of `Llama` or of `t
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
-from tca_gguf.errors import TcaError
+
+def _find_built_package() -> None:
+    """Lets `python -m tca_gguf` work inside the checkout after `pip install .`.
+
+    Python looks in the current folder first and finds this source package, which has no native part. All modules then come
+    from the installed package. Where none is installed nothing changes, and the first use of the native part says so.
+    """
+    if importlib.util.find_spec(f"{__name__}._tca"):
+        return
+    source = os.path.realpath(os.path.dirname(os.path.dirname(__file__)))
+    spec = PathFinder.find_spec(__name__, [path for path in sys.path if os.path.realpath(path) != source])
+    if spec is not None and spec.origin is not None:
+        __path__[:] = spec.submodule_search_locations or []
+
+
+_find_built_package()
+
+from tca_gguf.errors import TcaError  # noqa: E402
 
 if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets

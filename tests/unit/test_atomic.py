@@ -126,8 +126,9 @@ def test_read_only_directory(target):
 def test_targets_that_are_no_files(tmp_path):
     with pytest.raises(TcaError, match="not a regular file"):
         replace_file(tmp_path, 3, lambda *_: None)
+    os.mkfifo(tmp_path / "pipe")  # not /dev/null: as root a failing test would replace it for the whole machine
     with pytest.raises(TcaError, match="not a regular file"):
-        replace_file("/dev/null", 3, lambda *_: None)
+        replace_file(tmp_path / "pipe", 3, lambda *_: None)
     with pytest.raises(TcaError, match="does not exist"):
         replace_file(tmp_path / "no" / "m.gguf", 3, lambda *_: None)
 
