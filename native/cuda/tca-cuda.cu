@@ -53,11 +53,10 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, bool part
     a.scale     = params.scale;
     a.softcap   = params.softcap;
     a.n_chunks  = params.n_chunks;
+    a.at_once   = partial ? tca_cuda_decode_at_once(ctx.device, dst) : 0;
 
     const int head_dim = k->ne[0];
-    // tokens of one sequence: the micro-batch splits evenly among sequences
-    const int64_t n_rows = a.gqa*((q->ne[2] + desc->ne[2] - 1)/desc->ne[2]);
-    if (partial && n_rows <= 8) {
+    if (a.at_once > 0) {
         if (ggml_is_quantized(k->type) && ggml_is_quantized(v->type)) {
             tca_cuda_decode_quantized(store, a, head_dim, ctx.stream());
         } else {

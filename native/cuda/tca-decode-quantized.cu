@@ -80,30 +80,37 @@ static __device__ __forceinline__ half split(float x, int column) {
     return ROWS == 8 || column < 4 ? hi : __float2half_rn(x - __half2float(hi));
 }
 
-// grid (n_chunks*cluster, n_head_kv, n_seqs)
+// grid n_chunks*n_head_kv*n_seqs
 template <int D, int ROWS>
-static __global__ void __launch_bounds__(32*WARPS, D <= 128 && ROWS == 4 ? 3 : 2) decode_kernel(const tca_store s, const tca_queries a) {
+static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) decode_kernel(const tca_store s, const tca_queries a) {
     static_assert(D % 32 == 0 && (ROWS == 4 || ROWS == 8), "shape");
     extern __shared__ __align__(16) char smem[];
     __shared__ tca_decode_result<D, ROWS> result;
     float * scores = (float *) (smem + DECODE_STAGES*DECODE_STAGE);  // [slots, ROWS], log2 units, then probabilities
 
-    const tca_cluster      cluster;
-    const tca_decode_range range(s, cluster);
+    __shared__ tca_decode_range range;
+    __shared__ tca_decode_ring  ring;
+    if (threadIdx.x < 32) {
+        range.set(s, a.at_once);
+        __syncwarp();
+        if (threadIdx.x == 0) {
+            ring.set(s, range, 16);
+        }
+    }
+    __syncthreads();
     if (range.empty) {
         return;
     }
-    const tca_decode_ring ring(s, smem, range, 16);
 
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int g = lane/4, t = lane % 4;
     const int column = g % ROWS;  // query row of this lane's column
     const int32_t * d = range.d;
-    const int head = blockIdx.y, count = d[TCA_DESC_COUNT], past = d[TCA_DESC_PAST];
+    const int head = range.head, count = d[TCA_DESC_COUNT], past = d[TCA_DESC_PAST];
 
     for (int r0 = 0; r0 < count*a.gqa; r0 += ROWS) {
         const int n_rows = min(ROWS, count*a.gqa - r0);
-        ring.start();
+        ring.start(s, smem);
 
         with_type(s.type_k, [&](auto tag) {
             constexpr ggml_type type = decltype(tag)::value;
@@ -119,7 +126,7 @@ static __global__ void __launch_bounds__(32*WARPS, D <= 128 && ROWS == 4 ? 3 : 2
                 }
             }
             for (int i = 0; i < ring.tiles_k; ++i) {
-                const char * tile = ring.next(i);
+                const char * tile = ring.next(s, smem, i);
                 const int    rows = ring.rows(i);
                 for (int j = warp*16; j < rows; j += 16*WARPS) {
                     // rows g and g + 8 of the product: slots in an order that spreads the reads over the banks
@@ -179,8 +186,8 @@ static __global__ void __launch_bounds__(32*WARPS, D <= 128 && ROWS == 4 ? 3 : 2
             for (int n = 0; n < D/16; ++n) {
                 acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.0f;
             }
-            for (int i = ring.tiles_k; i < ring.tiles_k + ring.tiles_v; ++i) {
-                const char * tile = ring.next(i);
+            for (int i = ring.tiles_k; i < ring.tiles; ++i) {
+                const char * tile = ring.next(s, smem, i);
                 const int    rows = ring.rows(i);
                 for (int j = warp*16; j < rows; j += 16*WARPS) {
                     // columns of V^T: slots 4t to 4t + 3; rows behind the end have probability 0 and repeat the last one
@@ -246,7 +253,7 @@ static __global__ void __launch_bounds__(32*WARPS, D <= 128 && ROWS == 4 ? 3 : 2
                 tca_decode_gather<D, ROWS>(sums, part, result);
             }
         });
-        tca_decode_write<D, ROWS>(a, range, cluster, result, r0, n_rows);
+        tca_decode_write<D, ROWS>(a, range, result, r0, n_rows);
     }
 }
 

@@ -1,6 +1,6 @@
-// Decode: a few query rows over long regions. A cluster takes one chunk of TCA_ATTN_CHUNK slots of one region and reads its K
-// and V rows once for all rows of the group; then one pass combines the chunks. Bound by the memory's speed: the bytes of K and
-// V go through shared memory in a ring of tiles that is always ahead of the arithmetic, whatever the type.
+// Decode: a few query rows over long regions. A thread block takes one chunk of one region and reads its K and V rows once for
+// all rows of the group; then one pass combines the chunks. Bound by the memory's speed: the bytes of K and V go through shared
+// memory in a ring of tiles that is always ahead of the arithmetic, whatever the type.
 #include "tca-decode.cuh"
 
 constexpr int WARPS = DECODE_WARPS;
@@ -40,9 +40,9 @@ static __device__ __forceinline__ void reduce(float * x, int part) {
     }
 }
 
-// rows: at most ROWS query rows of a KV head at a time; grid (n_chunks*cluster, n_head_kv, n_seqs)
+// rows: at most ROWS query rows of a KV head at a time; grid n_chunks*n_head_kv*n_seqs
 template <int D, int ROWS>
-static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_kernel(const tca_store s, const tca_queries a) {
+static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) decode_kernel(const tca_store s, const tca_queries a) {
     constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // lanes that share a row, 8 elements each
     constexpr int STEP  = WARPS*(32/LANES);                  // rows of V that the block takes at once
     constexpr int BATCH = LANES/ROWS < 4 ? LANES/ROWS : 4;   // rows of K that a lane takes at once
@@ -52,22 +52,29 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
     __shared__ tca_decode_result<D, ROWS> result;
     float * scores = (float *) (smem + DECODE_STAGES*DECODE_STAGE);  // [slots, ROWS], log2 units, then probabilities
 
-    const tca_cluster      cluster;
-    const tca_decode_range range(s, cluster);
+    __shared__ tca_decode_range range;
+    __shared__ tca_decode_ring  ring;
+    if (threadIdx.x < 32) {
+        range.set(s, a.at_once);
+        __syncwarp();
+        if (threadIdx.x == 0) {
+            ring.set(s, range, STEP);
+        }
+    }
+    __syncthreads();
     if (range.empty) {
         return;
     }
-    const tca_decode_ring ring(s, smem, range, STEP);
 
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int sub = lane / LANES, part = lane % LANES;
     const bool active = part*8 < D;
     const int32_t * d = range.d;
-    const int head = blockIdx.y, count = d[TCA_DESC_COUNT], past = d[TCA_DESC_PAST];
+    const int head = range.head, count = d[TCA_DESC_COUNT], past = d[TCA_DESC_PAST];
 
     for (int r0 = 0; r0 < count*a.gqa; r0 += ROWS) {
         const int n_rows = min(ROWS, count*a.gqa - r0);
-        ring.start();
+        ring.start(s, smem);
 
         float acc[ROWS][8];  // first the queries, then the output
 #pragma unroll
@@ -92,7 +99,7 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
         const bool my_turn    = part % (LANES/SUMS) == 0;
 
         for (int i = 0; i < ring.tiles_k; ++i) {
-            const char * tile = ring.next(i);
+            const char * tile = ring.next(s, smem, i);
             const int    rows = ring.rows(i);
             tca_with_type(s.type_k, [&](auto tag) {
                 constexpr ggml_type type = decltype(tag)::value;
@@ -144,8 +151,8 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
                 acc[r][e] = 0.0f;
             }
         }
-        for (int i = ring.tiles_k; i < ring.tiles_k + ring.tiles_v; ++i) {
-            const char * tile = ring.next(i);
+        for (int i = ring.tiles_k; i < ring.tiles; ++i) {
+            const char * tile = ring.next(s, smem, i);
             const int    rows = ring.rows(i);
             tca_with_type(s.type_v, [&](auto tag) {
                 constexpr ggml_type type = decltype(tag)::value;
@@ -190,7 +197,7 @@ static __global__ void __launch_bounds__(32*WARPS, ROWS <= 4 ? 3 : 2) decode_ker
             }
             tca_decode_gather<D, ROWS>(sums, b, result);
         }
-        tca_decode_write<D, ROWS>(a, range, cluster, result, r0, n_rows);
+        tca_decode_write<D, ROWS>(a, range, result, r0, n_rows);
     }
 }
 
@@ -224,77 +231,79 @@ void tca_cuda_decode(const tca_store & store, const tca_queries & q, int head_di
     }
 }
 
-// grid (n_head, n_tokens); 512 threads: head_dim rounded up to a power of two, times groups of chunks
-static __global__ void combine_kernel(const float * partial, size_t nb_head, size_t nb_token, float * dst, size_t dst_head,
-        size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim, int dim_pow2) {
-    extern __shared__ float weights[];  // [n_chunks], then [groups, dim_pow2]
-    __shared__ float red[2][16];
+// grid (n_head, n_tokens); 512 threads. A warp takes chunks in turn and keeps a running softmax over them, 8 values a lane at
+// most; then the warps are put together.
+static __global__ void __launch_bounds__(512) combine_kernel(const float * partial, size_t nb_head, size_t nb_token, float * dst,
+        size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim, int at_once) {
+    constexpr int N_WARPS = 16;
+    __shared__ float warp_m[N_WARPS], warp_l[N_WARPS], warp_o[N_WARPS][256];
 
-    const int head = blockIdx.x, token = blockIdx.y, tid = threadIdx.x;
-    int n_chunks = 0;
+    const int head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int used = 0;
     for (int s = 0; s < n_seqs; ++s) {
         const int32_t * d = desc + ((size_t) s*n_head_kv + head/gqa)*TCA_DESC_SIZE;
         if (token >= d[TCA_DESC_TOKEN] && token < d[TCA_DESC_TOKEN] + d[TCA_DESC_COUNT]) {
-            n_chunks = (d[TCA_DESC_USED] + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK;
+            used = d[TCA_DESC_USED];
         }
     }
+    const int length   = tca_decode_chunk(desc, n_head_kv*n_seqs, at_once);
+    const int n_chunks = (used + length - 1)/length;
     if (n_chunks == 0) {
         return;
     }
     partial += head*nb_head + token*nb_token;
-    const int stride = dim + 2;
 
-    float m = TCA_NO_MAX;
-    for (int c = tid; c < n_chunks; c += blockDim.x) {
-        m = fmaxf(m, partial[(size_t) c*stride + dim]);
-    }
+    float m = TCA_NO_MAX, l = 0.0f, o[8] = { 0.0f };
+#pragma unroll 4
+    for (int c = warp; c < n_chunks; c += N_WARPS) {
+        const float * p = partial + (size_t) c*(dim + 2);
+        const float p_m = p[dim], p_l = p[dim + 1];
+        float p_o[8];
 #pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
-        m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, o));
-    }
-    if (tid % 32 == 0) {
-        red[0][tid/32] = m;
-    }
-    __syncthreads();
-    for (int w = 0; w < (int) blockDim.x/32; ++w) {
-        m = fmaxf(m, red[0][w]);
-    }
-    float l = 0.0f;
-    for (int c = tid; c < n_chunks; c += blockDim.x) {
-        const float w = __expf(partial[(size_t) c*stride + dim] - m);  // 0 for a chunk the query does not see
-        weights[c] = w;
-        l += w*partial[(size_t) c*stride + dim + 1];
-    }
+        for (int i = 0; i < 8; ++i) {
+            p_o[i] = lane + 32*i < dim ? p[lane + 32*i] : 0.0f;
+        }
+        const float m_new = fmaxf(m, p_m), old = __expf(m - m_new), weight = __expf(p_m - m_new);  // 0: the query sees no slot of it
+        m = m_new;
+        l = fmaf(l, old, weight*p_l);
 #pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
-        l += __shfl_xor_sync(0xffffffff, l, o);
-    }
-    if (tid % 32 == 0) {
-        red[1][tid/32] = l;
-    }
-    __syncthreads();
-    l = 0.0f;
-    for (int w = 0; w < (int) blockDim.x/32; ++w) {
-        l += red[1][w];
-    }
-
-    const int i = tid % dim_pow2, group = tid/dim_pow2, n_groups = blockDim.x/dim_pow2;
-    float t = 0.0f;
-    if (i < dim) {
-#pragma unroll 8
-        for (int c = group; c < n_chunks; c += n_groups) {
-            t = fmaf(weights[c], partial[(size_t) c*stride + i], t);
+        for (int i = 0; i < 8; ++i) {
+            o[i] = fmaf(o[i], old, weight*p_o[i]);
         }
     }
-    float * sums = weights + n_chunks;
-    sums[tid] = t;
-    __syncthreads();
-    if (tid < dim) {
-        for (int g = 1; g < n_groups; ++g) {
-            t += sums[g*dim_pow2 + tid];
-        }
-        dst[head*dst_head + token*dst_token + tid] = t/l;
+    if (lane == 0) {
+        warp_m[warp] = m;
+        warp_l[warp] = l;
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        warp_o[warp][lane + 32*i] = o[i];
+    }
+    __syncthreads();
+    if ((int) threadIdx.x < dim) {
+        m = TCA_NO_MAX;
+#pragma unroll
+        for (int w = 0; w < N_WARPS; ++w) {
+            m = fmaxf(m, warp_m[w]);
+        }
+        float x = 0.0f;
+        l = 0.0f;
+#pragma unroll
+        for (int w = 0; w < N_WARPS; ++w) {
+            const float weight = __expf(warp_m[w] - m);
+            x = fmaf(weight, warp_o[w][threadIdx.x], x);
+            l = fmaf(weight, warp_l[w], l);
+        }
+        dst[head*dst_head + token*dst_token + threadIdx.x] = x/l;
+    }
+}
+
+int tca_cuda_decode_at_once(int device, const ggml_tensor * partial) {
+    const int first = partial->view_src ? 1 : 0;
+    const ggml_tensor * q    = partial->src[first];
+    const ggml_tensor * desc = partial->src[first + 3];
+    const int rows = q->ne[1]/desc->ne[1]*((q->ne[2] + desc->ne[2] - 1)/desc->ne[2]);
+    return rows <= 8 ? tca_decode_per_sm(q->ne[0], rows)*ggml_cuda_info().devices[device].nsm : 0;
 }
 
 // src: (dst,) partial, desc
@@ -303,13 +312,9 @@ void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * partial = dst->src[first + 0];
     const ggml_tensor * desc    = dst->src[first + 1];
 
-    const int row     = tca_op_get_params(dst).row;
-    const int dim     = dst->ne[0];
-    const int threads = 512;
-    const int smem    = (partial->ne[1] + threads)*sizeof(float);
-    CUDA_CHECK(cudaFuncSetAttribute(combine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(smem, 48*1024)));
-    combine_kernel<<<dim3(dst->ne[1], dst->ne[2]), threads, smem, ctx.stream()>>>((const float *) partial->data,
+    const int row = tca_op_get_params(dst).row;
+    combine_kernel<<<dim3(dst->ne[1], dst->ne[2]), 512, 0, ctx.stream()>>>((const float *) partial->data,
             partial->nb[2]/sizeof(float), partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
             dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), desc->ne[1], desc->ne[2],
-            dst->ne[1]/desc->ne[1], dim, dim <= 64 ? 64 : dim <= 128 ? 128 : 256);
+            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_at_once(ctx.device, partial));
 }

@@ -1,126 +1,143 @@
 // What the two decode kernels share: which slots a thread block takes, the ring of tiles that brings them, softmax, and how the
-// thread blocks of a cluster put their results together.
+// warps put their results together.
 //
-// A chunk of TCA_ATTN_CHUNK slots is shared by the thread blocks of a cluster (Hopper), so that few and short regions still
-// keep every multiprocessor busy and the last chunks of a launch end early; the chunk's partial result is merged through
-// distributed shared memory. Elsewhere a cluster is one thread block.
+// Regions are cut in chunks of equal length, a thread block each, numbered without gaps over all regions: thread blocks that find
+// nothing to do come last. A chunk is TCA_ATTN_CHUNK slots or somewhat more, so that the chunks fill whole rounds of what the GPU
+// holds at once: on an H100 800 chunks in rounds of 396 took three rounds' time (2.02 needed).
+// Only these kernels and combine_kernel agree on that length (the CPU's chunks are TCA_ATTN_CHUNK slots): the two nodes of a split
+// attention must run on the same device. They are neighbours in the graph and supported by one predicate, so they do.
 #pragma once
 
 #include "tca-kernels.cuh"
 
-#include <cooperative_groups.h>
-
 constexpr int DECODE_WARPS  = 8;
 constexpr int DECODE_STAGES = 3;
 constexpr int DECODE_STAGE  = 128*136 + 16;  // 128 rows of q8_0 x 128, and room to align the start down to 16 bytes
+constexpr int DECODE_CHUNK  = 2*TCA_ATTN_CHUNK;  // longest chunk
 
-struct tca_cluster {
-    int size, rank;
+// Thread blocks a multiprocessor that the kernels are compiled for.
+constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
+    return head_dim <= 128 && rows <= 4 ? 3 : 2;
+}
 
-    __device__ __forceinline__ tca_cluster() {
-#if __CUDA_ARCH__ >= 900
-        size = cooperative_groups::this_cluster().num_blocks();
-        rank = cooperative_groups::this_cluster().block_rank();
-#else
-        size = 1;
-        rank = 0;
-#endif
+static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units, int u) {
+    const int32_t * d = desc + (size_t) u*TCA_DESC_SIZE;
+    return u < n_units && d[TCA_DESC_COUNT] > 0 ? d[TCA_DESC_USED] : 0;
+}
+
+// Slots a chunk. at_once: thread blocks that the GPU holds at once; 0: TCA_ATTN_CHUNK. Called by whole warps.
+static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int n_units, int at_once) {
+    int total = 0;
+    for (int u = threadIdx.x % 32; u < n_units; u += 32) {
+        total += tca_used(desc, n_units, u);
     }
-
-    __device__ __forceinline__ void sync() const {
-#if __CUDA_ARCH__ >= 900
-        if (size > 1) {
-            cooperative_groups::this_cluster().sync();
-            return;
-        }
-#endif
-        __syncthreads();
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        total += __shfl_xor_sync(0xffffffff, total, o);
     }
-
-    // the same variable of another thread block of the cluster
-    __device__ __forceinline__ const float * of(float * p, int other) const {
-#if __CUDA_ARCH__ >= 900
-        return size > 1 ? cooperative_groups::this_cluster().map_shared_rank(p, other) : p;
-#else
-        return p;
-#endif
+    if (total/TCA_ATTN_CHUNK + n_units <= at_once || at_once <= 2*n_units) {
+        return TCA_ATTN_CHUNK;
     }
-};
+    // the number of chunks is at most total/chunk + n_units
+    const int rounds = max(total/TCA_ATTN_CHUNK/at_once, 1);
+    int chunk = (total/(rounds*at_once - n_units) + 16)/16*16;
+    if (chunk > DECODE_CHUNK) {
+        chunk = (total/((rounds + 1)*at_once - n_units) + 16)/16*16;
+    }
+    return min(max(chunk, TCA_ATTN_CHUNK), DECODE_CHUNK);
+}
 
 // Slots of a thread block: n_slots of them from slot j0 of the region on; slot0 is their place in the store.
 struct tca_decode_range {
     const int32_t * d;
-    int     chunk;
+    int     head, chunk;
     int     j0, n_slots;
     int64_t slot0;
-    bool    empty;  // the whole cluster has nothing to do
+    bool    empty;
 
-    __device__ __forceinline__ tca_decode_range(const tca_store & s, const tca_cluster & cluster) {
-        d = tca_region(s, blockIdx.z, blockIdx.y);
-        chunk = blockIdx.x/cluster.size;
-        const int used = d[TCA_DESC_USED];
-        const int n    = min(TCA_ATTN_CHUNK, used - chunk*TCA_ATTN_CHUNK);
-        const int part = (n + 16*cluster.size - 1)/(16*cluster.size)*16;
-        empty   = d[TCA_DESC_COUNT] == 0 || n <= 0;
-        j0      = chunk*TCA_ATTN_CHUNK + cluster.rank*part;
-        n_slots = min(max(n - cluster.rank*part, 0), part);
-        slot0   = (int64_t) d[TCA_DESC_OFFSET] + j0;
+    // by one warp; the struct is in shared memory
+    __device__ __forceinline__ void set(const tca_store & s, int at_once) {
+        const int n_units = s.n_head_kv*s.n_seqs, lane = threadIdx.x % 32;
+        const int length  = tca_decode_chunk(s.desc, n_units, at_once);
+        int before = 0, unit = -1, at = 0;
+        for (int u0 = 0; u0 < n_units && unit < 0; u0 += 32) {
+            const int n = (tca_used(s.desc, n_units, u0 + lane) + length - 1)/length;
+            int sum = n;
+#pragma unroll
+            for (int o = 1; o < 32; o *= 2) {
+                const int other = __shfl_up_sync(0xffffffff, sum, o);
+                sum += lane >= o ? other : 0;
+            }
+            const uint32_t found = __ballot_sync(0xffffffff, (int) blockIdx.x < before + sum);
+            if (found) {
+                const int l = __ffs(found) - 1;
+                unit  = u0 + l;
+                at    = blockIdx.x - before - __shfl_sync(0xffffffff, sum - n, l);
+            }
+            before += __shfl_sync(0xffffffff, sum, 31);
+        }
+        if (lane == 0) {
+            empty = unit < 0;
+            d     = s.desc + (size_t) max(unit, 0)*TCA_DESC_SIZE;
+            head  = unit % s.n_head_kv;
+            chunk = at;
+            j0    = at*length;
+            slot0 = (int64_t) d[TCA_DESC_OFFSET] + j0;
+            n_slots = min(length, d[TCA_DESC_USED] - j0);
+        }
     }
 };
 
 // Tiles of rows, first of K, then of V, in a ring of stages.
-struct tca_decode_ring {
-    const tca_store & s;
-    char *  stages;
+struct tca_decode_ring {  // in shared memory
     int64_t slot0;
-    int     n_slots, rows_k, rows_v, tiles_k, tiles_v;
+    int     n_slots, rows_k, rows_v, tiles_k, tiles;
 
     // step: rows of a tile are a multiple of it
-    __device__ __forceinline__ tca_decode_ring(const tca_store & s, char * stages, const tca_decode_range & range, int step) :
-            s(s), stages(stages), slot0(range.slot0), n_slots(range.n_slots) {
+    __device__ __forceinline__ void set(const tca_store & s, const tca_decode_range & range, int step) {
+        slot0   = range.slot0;
+        n_slots = range.n_slots;
         rows_k  = min(128, (DECODE_STAGE - 16)/(int) s.nb_k)/step*step;
         rows_v  = min(128, (DECODE_STAGE - 16)/(int) s.nb_v)/step*step;
         tiles_k = (n_slots + rows_k - 1)/rows_k;
-        tiles_v = (n_slots + rows_v - 1)/rows_v;
+        tiles   = tiles_k + (n_slots + rows_v - 1)/rows_v;
     }
 
     __device__ __forceinline__ int rows(int i) const {
         return i < tiles_k ? min(rows_k, n_slots - i*rows_k) : min(rows_v, n_slots - (i - tiles_k)*rows_v);
     }
 
-    __device__ __forceinline__ const char * source(int i) const {
+    __device__ __forceinline__ const char * source(const tca_store & s, int i) const {
         return i < tiles_k ? s.k + (slot0 + i*rows_k)*s.nb_k : s.v + (slot0 + (i - tiles_k)*rows_v)*s.nb_v;
     }
 
-    __device__ __forceinline__ void issue(int i) const {
-        if (i < tiles_k + tiles_v) {
-            const char * start = source(i);
+    __device__ __forceinline__ void issue(const tca_store & s, char * stages, int i) const {
+        if (i < tiles) {
+            const char * start = source(s, i);
             const int    shift = (int) ((uintptr_t) start & 15);
-            const char * end   = i < tiles_k ? s.k_end : s.v_end;
+            const int    limit = (int) min((int64_t) 1 << 20, (int64_t) ((i < tiles_k ? s.k_end : s.v_end) - start) + shift);
             const int    bytes = shift + rows(i)*(int) (i < tiles_k ? s.nb_k : s.nb_v);
             const uint32_t to  = tca_smem(stages + (i % DECODE_STAGES)*DECODE_STAGE);
             for (int b = threadIdx.x*16; b < bytes; b += 32*DECODE_WARPS*16) {
-                const char * from = start - shift + b;
-                tca_cp_async(to + b, from, (int) min((int64_t) 16, (int64_t) (end - from)));
+                tca_cp_async(to + b, start - shift + b, min(16, limit - b));
             }
         }
         tca_cp_async_commit();
     }
 
-    __device__ __forceinline__ void start() const {
+    __device__ __forceinline__ void start(const tca_store & s, char * stages) const {
         __syncthreads();  // the stages are free
-#pragma unroll
         for (int i = 0; i < DECODE_STAGES - 1; ++i) {
-            issue(i);
+            issue(s, stages, i);
         }
     }
 
-    // Waits for tile i, sends for the next one, returns the first row of tile i.
-    __device__ __forceinline__ const char * next(int i) const {
+    // Waits for tile i, sends for a later one, returns the first row of tile i.
+    __device__ __forceinline__ const char * next(const tca_store & s, char * stages, int i) const {
         tca_cp_async_wait<DECODE_STAGES - 2>();
         __syncthreads();
-        issue(i + DECODE_STAGES - 1);
-        return stages + (i % DECODE_STAGES)*DECODE_STAGE + ((uintptr_t) source(i) & 15);
+        issue(s, stages, i + DECODE_STAGES - 1);
+        return stages + (i % DECODE_STAGES)*DECODE_STAGE + ((uintptr_t) source(s, i) & 15);
     }
 
     __device__ __forceinline__ void finish() const {
@@ -129,7 +146,7 @@ struct tca_decode_ring {
     }
 };
 
-// Result of a thread block, for the others of its cluster.
+// Result of a chunk.
 template <int D, int ROWS>
 struct tca_decode_result {
     float m[ROWS], l[ROWS];  // maximum (log2 units) and sum
@@ -186,49 +203,26 @@ static __device__ __forceinline__ void tca_decode_gather(const float * sums, int
     __syncthreads();
 }
 
-// Merges the cluster's results into the chunk's partial result of the rows r0 to r0 + n_rows.
+// The chunk's partial result of the rows r0 to r0 + n_rows.
 template <int D, int ROWS>
-static __device__ __forceinline__ void tca_decode_write(const tca_queries & a, const tca_decode_range & range, const tca_cluster & cluster,
-        tca_decode_result<D, ROWS> & result, int r0, int n_rows) {
-    cluster.sync();
-    const int head = blockIdx.y, token0 = range.d[TCA_DESC_TOKEN];
-    for (int i = cluster.rank*32*DECODE_WARPS + threadIdx.x; i < n_rows*D; i += cluster.size*32*DECODE_WARPS) {
+static __device__ __forceinline__ void tca_decode_write(const tca_queries & a, const tca_decode_range & range,
+        const tca_decode_result<D, ROWS> & result, int r0, int n_rows) {
+    const int token0 = range.d[TCA_DESC_TOKEN];
+    for (int i = threadIdx.x; i < n_rows*D; i += 32*DECODE_WARPS) {
         const int r = i/D;
-        float m = TCA_NO_MAX;
-        for (int c = 0; c < cluster.size; ++c) {
-            m = fmaxf(m, cluster.of(result.m, c)[r]);
-        }
-        float x = 0.0f, l = 0.0f;
-        for (int c = 0; c < cluster.size; ++c) {
-            const float weight = exp2f(cluster.of(result.m, c)[r] - m);
-            x = fmaf(weight, cluster.of(result.o, c)[i], x);
-            l = fmaf(weight, cluster.of(result.l, c)[r], l);
-        }
-        float * out = a.dst + (size_t) range.chunk*(D + 2) + (head*a.gqa + (r0 + r) % a.gqa)*a.dst_head + (token0 + (r0 + r)/a.gqa)*a.dst_token;
-        out[i % D] = x;
+        float * out = a.dst + (size_t) range.chunk*(D + 2) + (range.head*a.gqa + (r0 + r) % a.gqa)*a.dst_head + (token0 + (r0 + r)/a.gqa)*a.dst_token;
+        out[i % D] = result.o[i];
         if (i % D == 0) {
-            out[D]     = m == TCA_NO_MAX ? m : m*0.69314718f;
-            out[D + 1] = l;
+            out[D]     = result.m[r] == TCA_NO_MAX ? TCA_NO_MAX : result.m[r]*0.69314718f;
+            out[D + 1] = result.l[r];
         }
     }
-    cluster.sync();  // nobody's results are read any more
+    __syncthreads();
 }
 
-// Launches kernel(store, q) with grid (n_chunks*cluster, n_head_kv, n_seqs).
 template <typename Kernel>
 static void tca_decode_launch(Kernel kernel, int rows, const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    constexpr int cluster = 1;  // measured on an H100: 2 and 4 are slower from 16K slots a region on, and hardly faster before
-    const int smem    = DECODE_STAGES*DECODE_STAGE + TCA_ATTN_CHUNK/cluster*rows*(int) sizeof(float);
+    const int smem = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK*rows*(int) sizeof(float);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = { (unsigned) cluster, 1, 1 };
-    cudaLaunchConfig_t config = {};
-    config.gridDim  = dim3(q.n_chunks*cluster, store.n_head_kv, store.n_seqs);
-    config.blockDim = dim3(32*DECODE_WARPS);
-    config.dynamicSmemBytes = smem;
-    config.stream   = stream;
-    config.attrs    = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, store, q));
+    kernel<<<q.n_chunks*store.n_head_kv*store.n_seqs, 32*DECODE_WARPS, smem, stream>>>(store, q);
 }

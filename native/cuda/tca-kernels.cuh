@@ -44,6 +44,7 @@ struct tca_queries {
     float         softcap;
     // PARTIAL only: dst is [head_dim + 2, n_chunks, n_head, n_tokens]
     int           n_chunks;
+    int           at_once;              // thread blocks of the decode kernels that the GPU holds at once; 0: too many rows for them
 };
 
 constexpr float TCA_NO_MAX = -1e29f;  // running maximum before the first visible slot, as on the CPU
@@ -194,6 +195,7 @@ void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
 void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
+int  tca_cuda_decode_at_once(int device, const ggml_tensor * partial);
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial);
 // head sizes 64 and 128 on compute capability 9.0; false: not this device or not this build
