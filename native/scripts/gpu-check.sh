@@ -20,6 +20,7 @@ fi
 build=build/gpu
 models=${1:-$build/models}
 python=${PYTHON:-python3}
+mkdir -p $build
 
 # shellcheck disable=SC2086
 cmake -S . -B $build -DCMAKE_BUILD_TYPE=Release -DGGML_CUDA=ON -DTCA_BUILD_TESTS=ON -DTCA_BUILD_BINDING=OFF -DTCA_BUILD_PROGRAMS=OFF ${CMAKE_ARGS:-} > $build.log 2>&1 || { tail -20 $build.log; exit 1; }
