@@ -12,6 +12,7 @@ import numpy as np
 
 FORMAT_VERSION = 1
 DENSE = -1  # value in head_config: the head keeps every token
+SLIDING = -2  # its layer has sliding-window attention and is not in the ragged store (all heads of a layer or none)
 F16 = 1  # ggml type id, the default of llama.cpp's KV cache
 
 
@@ -39,7 +40,8 @@ class Budgets:
     sinks: first tokens, never compacted; metric: name of the selection metric;
     keep_counts: the allowed numbers of kept tokens in a block, increasing;
     configs: int32 [n_configs, len(keep_counts)], blocks of a group that keep keep_counts[j], rows sum to group_size/block_size;
-    head_config: int32 [n_layer, n_head_kv], row of configs or DENSE; kept_fraction: mean over all heads;
+    head_config: int32 [n_layer, n_head_kv], row of configs, DENSE or SLIDING; kept_fraction: mean over
+    the heads that are not SLIDING;
     enabled: whether the runtime uses the budgets when nothing overrides it.
     """
 
@@ -69,10 +71,14 @@ class Budgets:
         return np.asarray(self.configs, np.int64) @ np.asarray(self.keep_counts, np.int64)
 
     def head_kept_fraction(self) -> np.ndarray:
-        """float64 [n_layer, n_head_kv]: share of a compacted group that each head keeps (1.0 for a dense head)."""
-        # the last entry answers DENSE (-1), which is how numpy reads a negative index
-        per_config = np.append(self.config_kept() / self.group_size, 1.0)
+        """float64 [n_layer, n_head_kv]: share of a compacted group that each head keeps: 1.0 if DENSE, NaN if SLIDING."""
+        # the last entries answer SLIDING (-2) and DENSE (-1), which is how numpy reads negative indices
+        per_config = np.append(self.config_kept() / self.group_size, [np.nan, 1.0])
         return per_config[np.asarray(self.head_config)]
+
+    def stored_layers(self) -> list[int]:
+        """Layers in the ragged store, all that have full attention."""
+        return [layer for layer, heads in enumerate(self.head_config) if heads[0] != SLIDING]
 
     def check(self) -> None:
         """Checks every field and every sum just as the runtime does. Raises TcaError naming the key."""
@@ -83,7 +89,7 @@ class Budgets:
     def kv_bytes(
         self, head_dim_k: int, head_dim_v: int, n_ctx: int, type_k: int = F16, type_v: int = F16
     ) -> tuple[int, int]:
-        """Bytes of the KV cache of one sequence of ``n_ctx`` tokens: (ragged store, dense cache)."""
+        """Bytes of the KV cache of one sequence of ``n_ctx`` tokens: (ragged store, dense cache), without SLIDING layers."""
         from . import native
 
         return native.plan_bytes(self, head_dim_k, head_dim_v, type_k, type_v, n_ctx)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets
 
 Impl = Literal["cpu", "reference"]  # the op that the runtime uses, or the plain scalar reference
-DENSE = -1  # TCA_HEAD_DENSE, checked when the extension is loaded
+DENSE, SLIDING = -1, -2  # TCA_HEAD_*, checked when the extension is loaded
 
 _MAX_ROPE_PAIRS = 4096  # half of the largest head size we ask the rotary table for
 
@@ -42,7 +42,7 @@ def _extension() -> tuple[Any, Any]:
     except ImportError as error:
         raise TcaError(f"the native part of tca_gguf cannot be loaded ({error}); reinstall it with: "
                        "pip install --force-reinstall --no-deps . (in the checkout of tca-gguf)") from None
-    assert _tca.lib.TCA_HEAD_DENSE == DENSE
+    assert (_tca.lib.TCA_HEAD_DENSE, _tca.lib.TCA_HEAD_SLIDING) == (DENSE, SLIDING)
     return _tca.ffi, _tca.lib
 
 
@@ -240,6 +240,12 @@ def positions(ctx: int, layer: int, seq_id: int, head: int) -> NDArray[np.int32]
         n = check_status(lib.tca_context_positions(_context(ctx), layer, seq_id, head, _pointer(out, "int32_t"), len(out)))
         out = out[:n]
     return out
+
+
+def layer_slides(ctx: int, layer: int) -> bool:
+    """Whether a layer of the context's model has sliding-window attention, thus no region in the ragged store."""
+    _, lib = _extension()
+    return bool(check_status(lib.tca_context_layer_slides(_context(ctx), _uint32(layer, "layer"))))
 
 
 def context_rope(ctx: int, layer: int) -> Rope:

@@ -90,15 +90,25 @@ static int32_t head_kept(const tca_budgets * b, uint32_t layer, uint32_t head) {
     return tca_config_kept(*b, b->head_config[(size_t) layer*b->n_head_kv + head]);
 }
 
+static bool slides(const tca_budgets * b, uint32_t layer) {
+    return b->head_config[(size_t) layer*b->n_head_kv] == TCA_HEAD_SLIDING;
+}
+
 int64_t tca_plan_length(const tca_budgets * b, uint32_t layer, uint32_t head, uint32_t n_tokens) {
     if (!valid_head(b, layer, head)) {
         return TCA_ERR_ARGUMENT;
+    }
+    if (slides(b, layer)) {
+        return 0;
     }
     return n_tokens - (int64_t) tca_plan_groups_at(*b, n_tokens)*((int64_t) b->group_size - head_kept(b, layer, head));
 }
 
 int64_t tca_plan_capacity(const tca_budgets * b, uint32_t layer, uint32_t head, uint32_t n_ctx) {
-    return valid_head(b, layer, head) ? tca_plan_capacity_for(*b, head_kept(b, layer, head), n_ctx) : (int64_t) TCA_ERR_ARGUMENT;
+    if (!valid_head(b, layer, head)) {
+        return TCA_ERR_ARGUMENT;
+    }
+    return slides(b, layer) ? 0 : tca_plan_capacity_for(*b, head_kept(b, layer, head), n_ctx);
 }
 
 tca_status tca_plan_bytes(const tca_budgets * b, uint32_t head_dim_k, uint32_t head_dim_v, int type_k, int type_v, uint32_t n_ctx,
@@ -113,8 +123,12 @@ tca_status tca_plan_bytes(const tca_budgets * b, uint32_t head_dim_k, uint32_t h
         }
     }
     const uint64_t row = ggml_row_size((ggml_type) type_k, head_dim_k) + ggml_row_size((ggml_type) type_v, head_dim_v);
-    uint64_t slots = 0;
+    uint64_t slots = 0, n_stored = 0;
     for (uint32_t il = 0; il < b->n_layer; ++il) {
+        if (slides(b, il)) {
+            continue;
+        }
+        ++n_stored;
         for (uint32_t h = 0; h < b->n_head_kv; ++h) {
             slots += tca_plan_capacity_for(*b, head_kept(b, il, h), n_ctx);
         }
@@ -123,7 +137,7 @@ tca_status tca_plan_bytes(const tca_budgets * b, uint32_t head_dim_k, uint32_t h
         *bytes_tca = slots*(row + sizeof(int32_t));
     }
     if (bytes_dense) {
-        *bytes_dense = (uint64_t) n_ctx*b->n_layer*b->n_head_kv*row;
+        *bytes_dense = (uint64_t) n_ctx*n_stored*b->n_head_kv*row;
     }
     return TCA_OK;
 }

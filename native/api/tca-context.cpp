@@ -1,7 +1,8 @@
 // C API: figures of a context.
 #include "tca-error.h"
 
-#include "llama/llama-kv-cache-tca.h"
+#include "llama/llama-kv-cache-tca-iswa.h"
+#include "llama/llama-model-tca.h"
 #include "llama/tca-rope.h"
 
 #include "llama-context.h"
@@ -11,7 +12,7 @@
 #include <algorithm>
 
 static const llama_kv_cache_tca * cache_of(const llama_context * ctx) {
-    const auto * kv = ctx == nullptr ? nullptr : dynamic_cast<const llama_kv_cache_tca *>(ctx->get_memory());
+    const auto * kv = ctx == nullptr ? nullptr : llama_tca_cache_of(ctx->get_memory());
     if (kv == nullptr) {
         tca_fail(TCA_NO_BUDGETS, "this context uses the stock KV cache");
     }
@@ -71,6 +72,14 @@ int64_t tca_context_positions(llama_context * ctx, uint32_t layer, int32_t seq_i
     const int64_t first = seq_id*plan.slots(layer) + plan.offset(layer, head);
     ggml_backend_tensor_get(kv->get_layer(layer).pos, positions, first*sizeof(int32_t), std::min(n, n_max)*sizeof(int32_t));
     return n;
+}
+
+int32_t tca_context_layer_slides(const llama_context * ctx, uint32_t layer) {
+    const llama_model & model = ctx->get_model();
+    if (layer >= model.hparams.n_layer_all) {
+        return tca_fail(TCA_ERR_ARGUMENT, "layer " + std::to_string(layer) + " does not exist in this model");
+    }
+    return llama_tca_layer_slides(model, layer);
 }
 
 tca_status tca_context_rope(const llama_context * ctx, uint32_t layer, tca_rope * rope, float * freqs, int32_t n_max) {

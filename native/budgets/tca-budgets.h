@@ -42,5 +42,6 @@ tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, ui
 // TCA_NO_BUDGETS also if the file switches its keys off, as the runtime then leaves them alone. Failures set `problem`.
 tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem);
 
-// Tokens kept of one group under a configuration row; group_size for TCA_HEAD_DENSE. The row must be valid.
+// Tokens kept of one group under a configuration row; group_size for TCA_HEAD_DENSE, 0 for TCA_HEAD_SLIDING. The row must
+// be valid.
 int32_t tca_config_kept(const tca_budgets & budgets, int32_t config);

@@ -33,6 +33,7 @@ struct ggml_tensor;
 enum {
     TCA_FORMAT_VERSION = 1,   // value of the GGUF key tca.version
     TCA_HEAD_DENSE     = -1,  // value in tca.head_config: the head keeps every token
+    TCA_HEAD_SLIDING   = -2,  // its layer has sliding-window attention: stock cache, no region (every head of the layer)
     TCA_MAX_BLOCK      = 256,
     TCA_MAX_GROUP      = 8192,
     TCA_MAX_WINDOW     = 1 << 20,
@@ -71,7 +72,7 @@ struct tca_budgets {
     const int32_t * configs;      // [n_configs, n_keep]: blocks of a group that keep keep_counts[j]; each row sums to G/b
     uint32_t        n_layer;
     uint32_t        n_head_kv;
-    const int32_t * head_config;  // [n_layer, n_head_kv]: row of configs, or TCA_HEAD_DENSE
+    const int32_t * head_config;  // [n_layer, n_head_kv]: row of configs, TCA_HEAD_DENSE or TCA_HEAD_SLIDING
 };
 
 // Checks every field and every sum. TCA_OK or TCA_ERR_BUDGETS.
@@ -96,7 +97,8 @@ TCA_API int64_t tca_plan_capacity(const struct tca_budgets * budgets, uint32_t l
 // Number of leading groups that are compacted once n_tokens tokens were processed (no rollback).
 TCA_API int64_t tca_plan_groups(const struct tca_budgets * budgets, uint32_t n_tokens);
 
-// Bytes of the ragged store (K, V and slot positions) of one sequence of n_ctx tokens, and of a dense K and V cache.
+// Bytes of the ragged store (K, V and slot positions) of one sequence of n_ctx tokens, and of a dense K and V cache, both of
+// the layers with full attention only (not TCA_HEAD_SLIDING).
 // type_k, type_v: enum ggml_type. Row sizes are those of ggml. Either output may be NULL.
 TCA_API tca_status tca_plan_bytes(const struct tca_budgets * budgets, uint32_t head_dim_k, uint32_t head_dim_v,
         int type_k, int type_v, uint32_t n_ctx, uint64_t * bytes_tca, uint64_t * bytes_dense);
@@ -110,7 +112,7 @@ struct tca_context_info {
     uint32_t n_stream;         // sequences that can live side by side
     uint32_t n_ctx_seq;        // tokens a sequence may hold
     uint64_t kv_bytes;         // allocated for K, V and positions
-    uint64_t kv_bytes_dense;   // what the stock cache would allocate for the same n_ctx and types
+    uint64_t kv_bytes_dense;   // what the stock cache would allocate for the same layers, n_ctx and types
 };
 
 TCA_API tca_status tca_context_get_info(const struct llama_context * ctx, struct tca_context_info * info);
@@ -119,7 +121,7 @@ TCA_API tca_status tca_context_get_info(const struct llama_context * ctx, struct
 TCA_API tca_status tca_context_sequence(const struct llama_context * ctx, int32_t seq_id,
         uint32_t * n_tokens, uint32_t * n_groups);
 
-// Slots in use in a region; negative tca_status on failure.
+// Slots in use in a region (0: the layer has none, TCA_HEAD_SLIDING); negative tca_status on failure.
 TCA_API int64_t tca_context_region_length(const struct llama_context * ctx, uint32_t layer, int32_t seq_id, uint32_t head);
 
 // Copies the positions of the slots of a region, oldest first, to positions [n_max]. Returns how many the region holds
@@ -163,6 +165,9 @@ TCA_API int32_t tca_select(enum tca_impl impl, const char * metric, const float 
 TCA_API tca_status tca_attention(enum tca_impl impl, const float * q, const void * k, const void * v,
         int type_k, int type_v, int32_t n_tokens, int32_t n_head, int32_t n_head_kv, int32_t head_dim_k,
         int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, int32_t n_threads, float * out);
+
+// Whether a layer of the context's model has sliding-window attention; negative tca_status on failure.
+TCA_API int32_t tca_context_layer_slides(const struct llama_context * ctx, uint32_t layer);
 
 // Rotary embedding of a layer as this context applies it. freqs [n_max] is filled and rope->freqs points to it.
 TCA_API tca_status tca_context_rope(const struct llama_context * ctx, uint32_t layer, struct tca_rope * rope,

@@ -1,6 +1,6 @@
 #include "llama-graph-tca.h"
 
-#include "llama-kv-cache-tca.h"
+#include "llama-kv-cache-tca-iswa.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
@@ -61,14 +61,14 @@ void llm_graph_input_attn_tca::set_input(const llama_ubatch * /*ubatch*/) {
 }
 
 bool llm_graph_input_attn_tca::can_reuse(const llm_graph_params & params) {
-    mctx_tca = static_cast<const llama_kv_cache_tca_context *>(params.mctx);
+    mctx_tca = llama_tca_context_of(params.mctx);
 
     return desc->ne[2] == params.ubatch.n_seqs && n_segments == mctx_tca->n_segments(params.ubatch) &&
         compacts == step_compacts(mctx_tca->get_step());
 }
 
 llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph) {
-    const auto * mctx = dynamic_cast<const llama_kv_cache_tca_context *>(graph.mctx);
+    const llama_kv_cache_tca_context * mctx = llama_tca_context_of(graph.mctx);
     if (mctx == nullptr) {
         return nullptr;
     }
@@ -95,6 +95,19 @@ llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph
         ggml_set_name(inp->self_v_rot, "attn_inp_v_rot");
     }
     return static_cast<llm_graph_input_attn_kv *>(graph.res->add_input(std::move(inp)));
+}
+
+llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & graph, int il) {
+    const llama_kv_cache_tca_context * mctx = llama_tca_context_of(graph.mctx);
+    if (mctx == nullptr || !mctx->get_kv()->get_plan().layer_stored(il)) {
+        return nullptr;
+    }
+    for (const llm_graph_input_ptr & input : graph.res->inputs) {
+        if (auto * inp = dynamic_cast<llm_graph_input_attn_tca *>(input.get())) {
+            return inp;
+        }
+    }
+    return llm_tca_build_attn_inp(graph);
 }
 
 ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_input_attn_kv * inp_any, ggml_tensor * q,

@@ -24,6 +24,10 @@ public:
 // nullptr: the context uses the stock cache.
 llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph);
 
+// For models that mix sliding-window and full attention: the ragged cache's input if layer il is in it, made when the first
+// such layer asks; nullptr: layer il uses the stock input.
+llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & graph, int il);
+
 // nullptr: `inp` is the stock input. Else the attention output [head_dim_v*n_head, n_tokens], everything expanded into the
 // graph. Throws std::runtime_error for a bias or attention sinks.
 ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_input_attn_kv * inp, ggml_tensor * q_cur,

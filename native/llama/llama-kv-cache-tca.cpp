@@ -99,7 +99,11 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
     };
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr, decltype(buft_less)> ctx_map(buft_less);
 
+    bool first = true;
     for (uint32_t il = 0; il < n_layer; ++il) {
+        if (!plan.layer_stored(il)) {
+            continue;
+        }
         const uint32_t head_dim_k = hparams.n_embd_head_k(il);
         const uint32_t head_dim_v = hparams.n_embd_head_v(il);
         check_type(type_k, head_dim_k, "K");
@@ -129,11 +133,14 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         ggml_format_name(l.v,   "cache_tca_v_l%d",   il);
         ggml_format_name(l.pos, "cache_tca_pos_l%d", il);
 
-        rot_k = hadamard_size_k(type_k, head_dim_k);
-        rot_v = hadamard_size_v(type_v, head_dim_v);
-        if ((rot_k && head_dim_k != hparams.n_embd_head_k(0)) || (rot_v && head_dim_v != hparams.n_embd_head_v(0))) {
+        const int layer_rot_k = hadamard_size_k(type_k, head_dim_k);
+        const int layer_rot_v = hadamard_size_v(type_v, head_dim_v);
+        if (!first && (layer_rot_k != rot_k || layer_rot_v != rot_v)) {
             throw std::runtime_error("tca: quantized caches need the same head size in every layer; use f16");
         }
+        rot_k = layer_rot_k;
+        rot_v = layer_rot_v;
+        first = false;
 
         l.select.block_size  = plan.budgets.block_size;
         l.select.group_size  = plan.budgets.group_size;
@@ -172,7 +179,8 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
 
     LLAMA_LOG_INFO("tca: ragged KV cache on, metric %s, window %u, sinks %u: %.2f MiB (K %s, V %s, %u tokens, %u layers, %zu seqs) "
             "instead of %.2f MiB dense (%.1f%%)\n", plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks,
-            bytes()/1048576.0, ggml_type_name(type_k), ggml_type_name(type_v), plan.n_ctx_seq, n_layer, streams.size(),
+            bytes()/1048576.0, ggml_type_name(type_k), ggml_type_name(type_v), plan.n_ctx_seq,
+            (unsigned) std::count_if(layers.begin(), layers.end(), [](const layer & l) { return l.k != nullptr; }), streams.size(),
             bytes_dense()/1048576.0, 100.0*bytes()/bytes_dense());
 }
 
@@ -187,7 +195,7 @@ int llama_kv_cache_tca::n_chunks(int32_t il) const {
 uint64_t llama_kv_cache_tca::bytes() const {
     uint64_t n = 0;
     for (const layer & l : layers) {
-        n += ggml_nbytes(l.k) + ggml_nbytes(l.v) + ggml_nbytes(l.pos);
+        n += l.k ? ggml_nbytes(l.k) + ggml_nbytes(l.v) + ggml_nbytes(l.pos) : 0;
     }
     return n;
 }
@@ -195,6 +203,9 @@ uint64_t llama_kv_cache_tca::bytes() const {
 uint64_t llama_kv_cache_tca::bytes_dense() const {
     uint64_t n = 0;
     for (const layer & l : layers) {
+        if (!l.k) {
+            continue;
+        }
         n += (ggml_row_size(type_k, l.k->ne[0]) + ggml_row_size(type_v, l.v->ne[0]))*
             plan.n_head_kv()*plan.n_ctx_seq*streams.size();
     }
@@ -215,13 +226,9 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_tca::memory_breakdow
 // batches
 //
 
-llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
-    const auto fail = [] {
-        return std::make_unique<llama_kv_cache_tca_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
-    };
-
+bool llama_kv_cache_tca::split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool sequential, std::vector<llama_ubatch> & ubatches) const {
     balloc.split_reset();
-    std::vector<llama_ubatch> ubatches;
+    ubatches.clear();
     std::vector<uint64_t>     n_tokens(streams.size());
     std::vector<int64_t>      next_pos(streams.size());
     for (size_t s = 0; s < streams.size(); ++s) {
@@ -230,14 +237,14 @@ llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & bal
     }
 
     while (true) {
-        llama_ubatch ubatch = balloc.split_equal(n_ubatch, false, 0);
+        llama_ubatch ubatch = balloc.split_equal(n_ubatch, sequential, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             if (ubatch.n_seq_id[i] != 1) {
                 LLAMA_LOG_ERROR("tca: a token belongs to %d sequences; the ragged cache needs one sequence a token\n", ubatch.n_seq_id[i]);
-                return fail();
+                return false;
             }
         }
         for (uint32_t s = 0; s < ubatch.n_seqs; ++s) {
@@ -247,7 +254,7 @@ llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & bal
                 if (next_pos[id] >= 0 && ubatch.pos[i] != next_pos[id]) {
                     LLAMA_LOG_ERROR("tca: position %d of sequence %d does not follow %lld; the ragged cache needs consecutive positions\n",
                             ubatch.pos[i], id, (long long) next_pos[id] - 1);
-                    return fail();
+                    return false;
                 }
                 next_pos[id] = (int64_t) ubatch.pos[i] + 1;
             }
@@ -256,12 +263,20 @@ llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & bal
         ubatches.push_back(std::move(ubatch));
     }
     if (balloc.get_n_used() < balloc.get_n_tokens()) {
-        return fail();
+        return false;
     }
     for (uint64_t n : n_tokens) {
         if (n > plan.n_ctx_seq) {
-            return fail();  // the context is full: llama_decode returns 1, as with the stock cache
+            return false;  // the context is full: llama_decode returns 1, as with the stock cache
         }
+    }
+    return true;
+}
+
+llama_memory_context_ptr llama_kv_cache_tca::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
+    std::vector<llama_ubatch> ubatches;
+    if (!split(balloc, n_ubatch, false, ubatches)) {
+        return std::make_unique<llama_kv_cache_tca_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
     return std::make_unique<llama_kv_cache_tca_context>(this, std::move(ubatches));
 }
@@ -369,7 +384,7 @@ void llama_kv_cache_tca::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst
 template <typename F>
 void llama_kv_cache_tca::for_each_region(uint32_t s, const tca_seq_state & state, F && visit) const {
     for (uint32_t il = 0; il < plan.n_layer(); ++il) {
-        for (uint32_t h = 0; h < plan.n_head_kv(); ++h) {
+        for (uint32_t h = 0; h < plan.n_head_kv() && plan.layer_stored(il); ++h) {
             visit(layers[il], s*plan.slots(il) + plan.offset(il, h), plan.length(il, h, state));
         }
     }

@@ -19,10 +19,10 @@ struct llama_model;
 
 class llama_kv_cache_tca : public llama_memory_i {
 public:
-    struct layer {
-        ggml_tensor * k;    // [head_dim_k, n_stream*slots]
-        ggml_tensor * v;    // [head_dim_v, n_stream*slots]
-        ggml_tensor * pos;  // I32 [n_stream*slots]
+    struct layer {  // all null for a layer with sliding-window attention, which has no regions
+        ggml_tensor * k   = nullptr;  // [head_dim_k, n_stream*slots]
+        ggml_tensor * v   = nullptr;  // [head_dim_v, n_stream*slots]
+        ggml_tensor * pos = nullptr;  // I32 [n_stream*slots]
 
         std::vector<float> rope_freqs;
         tca_select_params  select;
@@ -39,6 +39,10 @@ public:
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
     llama_memory_context_ptr init_full() override;
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    // Cuts a batch into micro-batches of whole equal shares of its sequences. sequential: only sequences with successive ids
+    // share one. False, with a line in the log where it is a caller's mistake, if the cache cannot take the batch.
+    bool split(llama_batch_allocr & balloc, uint32_t n_ubatch, bool sequential, std::vector<llama_ubatch> & ubatches) const;
 
     bool get_can_shift() const override { return false; }
 
@@ -106,7 +110,7 @@ private:
     bool can_rm(const stream & s, llama_pos p0, llama_pos p1) const;
     void rm    (stream & s, llama_pos p0, llama_pos p1);
 
-    // one region: slots [0, n) of (layer il, stream s, head h)
+    // visit(layer, first slot, length) of every region of stream s
     template <typename F> void for_each_region(uint32_t s, const tca_seq_state & state, F && visit) const;
 };
 

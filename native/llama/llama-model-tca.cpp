@@ -1,6 +1,6 @@
 #include "llama-model-tca.h"
 
-#include "llama-kv-cache-tca.h"
+#include "llama-kv-cache-tca-iswa.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
@@ -49,13 +49,37 @@ static bool arch_has_plain_attention(llm_arch arch) {
     }
 }
 
+// The same for architectures that mix sliding-window and full attention over the iSWA attention input. Both kinds of layers
+// rotate their keys (a full layer without RoPE would be un-rotated by mistake), and there are no attention sinks or biases.
+static bool arch_has_iswa_attention(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+            return true;
+        default:
+            return false;
+    }
+}
+
+bool llama_tca_layer_slides(const llama_model & model, uint32_t il) {
+    return model.hparams.swa_type != LLAMA_SWA_TYPE_NONE && model.hparams.is_swa(il);
+}
+
 std::string llama_tca_unsupported(const llama_model & model) {
     const llama_hparams & hparams = model.hparams;
 
     if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "its layers use sliding-window attention, which the ragged cache does not serve yet";
-    }
-    if (!arch_has_plain_attention(model.arch)) {
+        if (hparams.swa_type != LLAMA_SWA_TYPE_STANDARD || !arch_has_iswa_attention(model.arch)) {
+            return "architecture '" + model.arch_name() + "' uses a kind of sliding-window attention that the ragged cache does not serve yet";
+        }
+        uint32_t n_full = 0;
+        for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+            n_full += hparams.is_swa(il) ? 0 : 1;
+        }
+        if (n_full == 0) {
+            return "every layer uses sliding-window attention, so there is nothing to evict";
+        }
+    } else if (!arch_has_plain_attention(model.arch)) {
         return "architecture '" + model.arch_name() + "' does not use, or is not known to use, the plain KV attention input";
     }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
@@ -76,6 +100,18 @@ std::string llama_tca_unsupported(const llama_model & model) {
         }
         if (hparams.n_head_kv(il) != hparams.n_head_kv(0) || hparams.n_head_kv(il) == 0) {
             return "its layers have different numbers of KV heads";
+        }
+    }
+    return "";
+}
+
+std::string llama_tca_misfit(const llama_model & model, const int32_t * head_config, uint32_t n_head_kv) {
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        const int32_t config = head_config[(size_t) il*n_head_kv];
+        const bool    slides = llama_tca_layer_slides(model, il);
+        if (slides != (config == TCA_HEAD_SLIDING)) {
+            return format("tca.head_config[%u] is %d, but layer %u of this model has %s attention, so it must %sbe -2", il*n_head_kv,
+                    config, il, slides ? "sliding-window" : "full", slides ? "" : "not ");
         }
     }
     return "";
@@ -119,6 +155,10 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
     if (status != TCA_OK) {
         throw std::runtime_error(problem + " (load without TCA: --override-kv tca.enabled=bool:false)");
     }
+    const std::string misfit = llama_tca_misfit(model, budgets.head_config.data(), n_head_kv);
+    if (!misfit.empty()) {
+        throw std::runtime_error(misfit + "; run embed-budgets again (load without TCA: --override-kv tca.enabled=bool:false)");
+    }
     model.tca = std::make_shared<llama_tca_model>(llama_tca_model { std::move(budgets) });
 }
 
@@ -141,6 +181,9 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     }
     if (!cparams.causal_attn) {
         throw std::runtime_error("tca: non-causal attention cannot use the ragged cache; load with --override-kv tca.enabled=bool:false");
+    }
+    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return new llama_kv_cache_tca_iswa(model, cparams, params);
     }
     return new llama_kv_cache_tca(model, cparams, params.type_k, params.type_v);
 }

@@ -38,10 +38,10 @@ tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::mov
         for (uint32_t h = 0; h < b.n_head_kv; ++h) {
             const size_t i = index(il, h);
             kept_counts[i] = tca_config_kept(b, b.head_config[i]);
-            capacities[i]  = tca_plan_capacity_for(b, kept_counts[i], n_ctx_seq);
+            capacities[i]  = layer_stored(il) ? tca_plan_capacity_for(b, kept_counts[i], n_ctx_seq) : 0;
             offsets[i]     = layer_slots[il];
             layer_slots[il] += capacities[i];
-            if (kept_counts[i] != (int32_t) b.group_size) {
+            if (layer_stored(il) && kept_counts[i] != (int32_t) b.group_size) {
                 layer_selects[il] = true;
                 selects           = true;
             }
@@ -50,6 +50,9 @@ tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::mov
 }
 
 int64_t tca_plan::length(uint32_t layer, uint32_t head, const tca_seq_state & s) const {
+    if (!layer_stored(layer)) {
+        return 0;
+    }
     return (int64_t) s.n_tokens - (int64_t) s.n_groups*((int64_t) budgets.group_size - kept(layer, head));
 }
 

@@ -51,6 +51,9 @@ public:
 
     bool layer_compacts(uint32_t layer) const { return layer_selects[layer]; }
 
+    // Whether the layer has regions; one with sliding-window attention has none: 0 slots, 0 length.
+    bool layer_stored(uint32_t layer) const { return config(layer, 0) != TCA_HEAD_SLIDING; }
+
     // First slot, in any region, of the group that is compacted next (the same for every head only if it keeps the same).
     int64_t next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
 

@@ -141,7 +141,8 @@ static std::vector<hostile> hostile_cases() {
     i32("too short", "tca.head_config", { 0, 1, -1, 1, 1 });
     i32("too long", "tca.head_config", { 0, 1, -1, 1, 1, 0, 0 });
     i32("row that does not exist", "tca.head_config", { 0, 1, 2, 1, 1, 0 });
-    i32("below -1", "tca.head_config", { 0, 1, -2, 1, 1, 0 });
+    i32("below -2", "tca.head_config", { 0, 1, -3, 1, 1, 0 });
+    i32("a part of a layer slides", "tca.head_config", { 0, 1, -2, 1, 1, 0 });
     i32("lowest", "tca.head_config", { 0, 1, INT32_MIN, 1, 1, 0 });
     i32("highest", "tca.head_config", { 0, 1, INT32_MAX, 1, 1, 0 });
 

@@ -30,6 +30,10 @@ static tca_budgets_data make_budgets(random_t & rng, bool dense = false) {
     for (uint32_t i = 0; i < b.n_layer*b.n_head_kv; ++i) {
         b.head_config.push_back(dense ? -1 : rng.range(-1, 3));
     }
+    if (!dense && b.n_layer > 1 && rng.below(3) == 0) {
+        const size_t first = rng.below(b.n_layer)*b.n_head_kv;
+        std::fill_n(b.head_config.begin() + first, b.n_head_kv, TCA_HEAD_SLIDING);
+    }
     return b;
 }
 
@@ -44,9 +48,12 @@ struct simulation {
 
     explicit simulation(const tca_plan & plan) : plan(plan), b(plan.budgets), regions(b.n_layer*b.n_head_kv) {
         for (size_t i = 0; i < regions.size(); ++i) {
-            any_sparse = any_sparse || kept(i) != b.group_size;
+            any_sparse = any_sparse || (stored(i) && kept(i) != b.group_size);
         }
     }
+
+    // a layer with sliding-window attention has no regions: its lists stay empty
+    bool stored(size_t i) const { return b.head_config[i] != TCA_HEAD_SLIDING; }
 
     uint32_t kept(size_t i) const {
         if (b.head_config[i] < 0) {
@@ -62,6 +69,9 @@ struct simulation {
     // true: a group was compacted after this token
     bool token() {
         for (size_t i = 0; i < regions.size(); ++i) {
+            if (!stored(i)) {
+                continue;
+            }
             regions[i].push_back(state.n_tokens);
             CHECK((int64_t) regions[i].size() <= plan.capacity(i/b.n_head_kv, i%b.n_head_kv), "region %zu holds %zu", i, regions[i].size());
         }
@@ -71,6 +81,9 @@ struct simulation {
             return false;
         }
         for (size_t i = 0; i < regions.size(); ++i) {
+            if (!stored(i)) {
+                continue;
+            }
             // drop tokens of the group from its end until `kept` are left
             auto & r = regions[i];
             const auto first = std::find(r.begin(), r.end(), group_end - b.group_size);
@@ -84,8 +97,9 @@ struct simulation {
     }
 
     void roll_back_to(uint32_t n_tokens) {
-        for (auto & r : regions) {
-            for (uint32_t t = state.n_tokens; t > n_tokens; --t) {
+        for (size_t i = 0; i < regions.size(); ++i) {
+            auto & r = regions[i];
+            for (uint32_t t = state.n_tokens; t > n_tokens && stored(i); --t) {
                 CHECK(!r.empty() && r.back() == t - 1, "a token to remove is no longer in the dense part");
                 r.pop_back();
             }
@@ -101,8 +115,9 @@ struct simulation {
         const uint32_t fixed = plan.n_fixed(state);
         CHECK(fixed <= state.n_tokens, "n_fixed %u of %u", fixed, state.n_tokens);
         // every token from n_fixed on is there, in every region, at the end
-        for (const auto & r : regions) {
-            for (uint32_t t = fixed; t < state.n_tokens; ++t) {
+        for (size_t i = 0; i < regions.size(); ++i) {
+            const auto & r = regions[i];
+            for (uint32_t t = fixed; t < state.n_tokens && stored(i); ++t) {
                 CHECK(r[r.size() - (state.n_tokens - t)] == t, "token %u is not dense", t);
             }
         }
@@ -131,7 +146,7 @@ TEST(lengths_token_by_token) {
             CHECK(segments.size() == 1 && segments[0].compacts == compacted && same(state, sim.state), "seed %d T %u", seed, state.n_tokens);
             for (size_t i = 0; i < longest.size(); ++i) {
                 // right before a compaction the region holds what was removed too
-                const int64_t extra = compacted ? b.group_size - sim.kept(i) : 0;
+                const int64_t extra = compacted && sim.stored(i) ? b.group_size - sim.kept(i) : 0;
                 longest[i] = std::max<int64_t>(longest[i], sim.regions[i].size() + extra);
             }
             sim.check();
@@ -256,7 +271,7 @@ TEST(regions_tile_the_store) {
             for (uint32_t h = 0; h < plan.n_head_kv(); ++h) {
                 CHECK(plan.offset(il, h) == at, "regions overlap or leave a hole");
                 at += plan.capacity(il, h);
-                any = any || plan.kept(il, h) != (int32_t) plan.budgets.group_size;
+                any = any || (plan.layer_stored(il) && plan.kept(il, h) != (int32_t) plan.budgets.group_size);
             }
             CHECK(plan.slots(il) == at && plan.layer_compacts(il) == any, "layer %u", il);
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import numpy as np
 
 from tca_gguf import gguf_file
 from tca_gguf.budgets import Budgets
@@ -37,8 +38,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
         "model": str(model),
         "written": str(written) if written else None,
         "kept_fraction": round(budgets.kept_fraction, 6),
-        "head_kept_fraction": {"min": float(fractions.min()), "max": float(fractions.max())},
-        "error": float(calibration.errors.mean()) if calibration else None,
+        "head_kept_fraction": {"min": float(np.nanmin(fractions)), "max": float(np.nanmax(fractions))},
+        "error": float(calibration.errors[budgets.stored_layers()].mean()) if calibration else None,
         "tokens": calibration.tokens if calibration else None,
         "text_sha256": calibration.text_sha256 if calibration else None,
         "seed": calibration.seed if calibration else None,

@@ -46,14 +46,14 @@ def describe(budgets: Budgets, shape: ModelShape) -> dict[str, Any]:
                 "kept_fraction": float(fractions[layer, head]),
                 "error": float(errors[layer, head]) if errors is not None else None,
             }
-            for layer in range(shape.n_layer)
+            for layer in budgets.stored_layers()
             for head in range(shape.n_head_kv)
         ],
         "kv_bytes": kv_bytes,
     }
 
 
-def heat_map(values: np.ndarray, title: str, top: float, width: int) -> list[Text]:
+def heat_map(values: np.ndarray, layers: list[int], title: str, top: float, width: int) -> list[Text]:
     """Lines of a layer x head map of shares: each cell a colour from 0 to ``top`` and, where ``width`` allows, per cent."""
     n_head = values.shape[1]
     cell = next((c for c in (5, 2) if 8 + n_head * c + 7 <= width), 1)
@@ -63,7 +63,8 @@ def heat_map(values: np.ndarray, title: str, top: float, width: int) -> list[Tex
 
     heads = "".join(f"{head:^{cell}}" for head in range(n_head)) if cell == 5 else " " * (n_head * cell)
     lines = [Text(title, style="bold"), Text(f"{'layer':>7} {heads}{'mean':>7}", style="dim")]
-    for layer, row in enumerate(values):
+    for layer in layers:
+        row = values[layer]
         line = Text(f"{layer:>7} ", style="dim")
         for value in row:
             step = min(int(value / top * len(RAMP)), len(RAMP) - 1)
@@ -95,10 +96,13 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
             f"target {calibration.target:.0%}"
         )
     console.print()
-    lines = heat_map(budgets.head_kept_fraction(), "kept, % of a head's evicted region", 1.0, console.width)
+    layers = budgets.stored_layers()
+    if len(layers) < shape.n_layer:
+        console.print(f"{len(layers)} of {shape.n_layer} layers have full attention and a budget; the others keep their sliding window")
+    lines = heat_map(budgets.head_kept_fraction(), layers, "kept, % of a head's evicted region", 1.0, console.width)
     if calibration is not None:
         top = max(float(calibration.errors.max()), 1e-9)
-        errors = heat_map(calibration.errors, "error of the attention output, %", top, console.width)
+        errors = heat_map(calibration.errors, layers, "error of the attention output, %", top, console.width)
         lines = side_by_side(lines, errors, console.width)
     for line in lines:
         console.print(line, no_wrap=True, overflow="crop")

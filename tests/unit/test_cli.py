@@ -403,5 +403,5 @@ def test_colour_ramp_covers_every_value():
     from tca_gguf.cli.inspect import heat_map
 
     for top in (1.0, 1e-9):
-        lines = heat_map(np.array([[0.0, top / 2, top]]), "t", top, 80)
+        lines = heat_map(np.array([[0.0, top / 2, top]]), [0], "t", top, 80)
         assert len(lines) == 3
