@@ -45,10 +45,10 @@ def run_capture(
                            "this architecture's attention is not supported")  # fmt: skip
         rope = ropes[qkv.layer]
 
-        def order(keys: np.ndarray, first: int) -> GroupOrder:
-            positions = np.arange(first, first + len(keys), dtype=np.int32)
-            _, scores = native.select(np.ascontiguousarray(keys), positions, rope, table.layout.block_size,
-                                      table.keep_counts, counts, metric=metric, impl="cpu")  # fmt: skip
+        def order(head: int, group: slice) -> GroupOrder:
+            positions = np.arange(group.start, group.stop, dtype=np.int32)
+            _, scores = native.select(qkv.k[head, group], positions, rope, table.layout.block_size, table.keep_counts,
+                                      counts, metric=metric, values=qkv.v[head, group], layer=qkv.layer, head=head)  # fmt: skip
             return order_group(scores, table.layout.block_size)
 
         mine = (text.queries >= start) & (text.queries < start + qkv.n_tokens)

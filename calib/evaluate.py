@@ -137,13 +137,13 @@ class ErrorTable:
         kind_of: np.ndarray,
         scale: float,
         softcap: float,
-        order: Callable[[np.ndarray, int], GroupOrder],
+        order: Callable[[int, slice], GroupOrder],
     ) -> None:
         """Evaluates one layer of one micro-batch.
 
         q: [n_head, n_tokens, head_dim_k], token 0 of it is ``first_query`` of the text; k, v: [n_head_kv, n_kv, head_dim]
         queries: sampled indices, all inside this micro-batch; kind_of: [len(queries)], index into ``kinds``
-        order(keys [G, head_dim_k], first position): ranks one group
+        order(KV head, tokens of the group): ranks one group
         """
         if len(queries) == 0:
             return
@@ -153,8 +153,7 @@ class ErrorTable:
             # groups are ranked once and remembered for later micro-batches
             orders = self._orders.setdefault((layer, h), [])
             for g in range(len(orders), n_groups):
-                span = self.layout.group(g)
-                orders.append(order(k[h, span], span.start))
+                orders.append(order(h, self.layout.group(g)))
             sampled = q[h * n_rep : (h + 1) * n_rep, queries - first_query]
             result = head_errors(np.ascontiguousarray(sampled), queries, k[h], v[h], scale, softcap, self.layout, orders,
                                  self.keep_counts, self.configs)

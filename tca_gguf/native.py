@@ -267,6 +267,15 @@ def _impl(name: Impl) -> int:
     return numbers[name]
 
 
+def metrics() -> tuple[str, ...]:
+    """Names of the selection metrics: the values that ``tca.metric`` may have."""
+    ffi, lib = _extension()
+    names = []
+    while (name := lib.tca_metric_name(len(names))) != ffi.NULL:
+        names.append(ffi.string(name).decode())
+    return tuple(names)
+
+
 def select(
     keys: ArrayLike,
     positions: ArrayLike,
@@ -276,11 +285,16 @@ def select(
     counts: Sequence[int] | NDArray[np.integer],
     metric: str = "key-diff",
     impl: Impl = "cpu",
+    *,
+    values: ArrayLike | None = None,
+    layer: int = 0,
+    head: int = 0,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Scores and selects the tokens of one group of one KV head.
 
     keys: float32 [n, head_dim] as stored, after RoPE; positions: int32 [n]; rope: None if the keys carry no rotation;
-    counts: blocks that keep keep_counts[j], summing to n/block_size.
+    counts: blocks that keep keep_counts[j], summing to n/block_size; metric: one of `metrics`;
+    values: float32 [n, head_dim_v], for metrics that look at them; layer, head: for metrics that tell heads apart.
     Returns (indices of the kept tokens, increasing; importance of every token, float32 [n]).
     """
     ffi, lib = _extension()
@@ -298,8 +312,15 @@ def select(
             raise TcaError(f"rope.freqs has {len(freqs)} entries; n_rot {rope.n_rot} needs {rope.n_rot // 2}")
         rope_ = ffi.new("struct tca_rope *", (rope.type, rope.n_rot, rope.scale, _pointer(freqs, "float")))
     kept, scores = np.empty(n, dtype=np.int32), np.empty(n, dtype=np.float32)
-    m = check_status(lib.tca_select(_impl(impl), metric.encode(), _pointer(keys_, "float"), _pointer(positions_, "int32_t"), n,
-                                    head_dim, rope_, block_size, len(keep), _pointer(keep, "int32_t"),
+    values_ = None
+    if values is not None:
+        values_ = np.ascontiguousarray(values, dtype=np.float32)
+        if values_.ndim != 2 or len(values_) != n:
+            raise TcaError(f"values {values_.shape}: [n, head_dim_v] with n = {n} is needed")
+    group = ffi.new("struct tca_group *", (n, head_dim, 0 if values_ is None else values_.shape[1], layer, head,
+                                           _pointer(keys_, "float"), ffi.NULL if values_ is None else _pointer(values_, "float"),
+                                           _pointer(positions_, "int32_t"), rope_))  # fmt: skip
+    m = check_status(lib.tca_select(_impl(impl), metric.encode(), group, block_size, len(keep), _pointer(keep, "int32_t"),
                                     _pointer(counts_, "int32_t"), _pointer(kept, "int32_t"), _pointer(scores, "float")))
     return kept[:m].copy(), scores
 

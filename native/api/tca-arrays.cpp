@@ -11,16 +11,26 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <vector>
 
-int32_t tca_select(tca_impl impl, const char * metric, const float * keys, const int32_t * positions, int32_t n_tokens,
-        int32_t head_dim, const tca_rope * rope, int32_t block_size, int32_t n_keep, const int32_t * keep_counts,
-        const int32_t * counts, int32_t * kept, float * scores) {
-    if (!tca_metric_known(metric)) {
-        return tca_fail(TCA_ERR_ARGUMENT, "unknown metric, this build knows: key-diff");
+const char * tca_metric_name(int32_t i) {
+    const tca_metric * metric = tca_metric_at(i);
+    return metric ? metric->name : nullptr;
+}
+
+int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * group, int32_t block_size, int32_t n_keep,
+        const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores) {
+    const tca_metric * metric = tca_metric_find(metric_name);
+    if (metric == nullptr) {
+        return tca_fail(TCA_ERR_ARGUMENT, "unknown metric, this build knows: " + tca_metric_names());
     }
-    if (n_tokens < 1 || head_dim < 1 || block_size < 1 || n_keep < 1 || n_tokens % block_size != 0) {
-        return tca_fail(TCA_ERR_ARGUMENT, "n_tokens must be a positive multiple of block_size, head_dim and n_keep positive");
+    const int32_t n_tokens = group->n_tokens;
+    if (n_tokens < 1 || group->head_dim_k < 1 || block_size < 1 || n_keep < 1 || n_tokens % block_size != 0) {
+        return tca_fail(TCA_ERR_ARGUMENT, "n_tokens must be a positive multiple of block_size, head_dim_k and n_keep positive");
+    }
+    if ((metric->needs & TCA_NEEDS_VALUES) && (group->values == nullptr || group->head_dim_v < 1)) {
+        return tca_fail(TCA_ERR_ARGUMENT, std::string("metric ") + metric->name + " looks at values, none were given");
     }
     int64_t n_blocks = 0;
     for (int32_t j = 0; j < n_keep; ++j) {
@@ -32,20 +42,20 @@ int32_t tca_select(tca_impl impl, const char * metric, const float * keys, const
     if (n_blocks != n_tokens/block_size) {
         return tca_fail(TCA_ERR_ARGUMENT, "counts must sum to n_tokens/block_size");
     }
-    const tca_rope none = { TCA_ROPE_NONE, 0, 1.0f, nullptr };
-    const tca_rope & r  = rope ? *rope : none;
-    if (r.type != TCA_ROPE_NONE && (r.n_rot < 2 || r.n_rot % 2 != 0 || r.n_rot > head_dim || !(r.scale > 0.0f) || r.freqs == nullptr)) {
-        return tca_fail(TCA_ERR_ARGUMENT, "rope: n_rot must be even and at most head_dim, scale positive, freqs given");
+    const tca_rope * r = group->rope;
+    if (r && r->type != TCA_ROPE_NONE && (r->n_rot < 2 || r->n_rot % 2 != 0 || r->n_rot > group->head_dim_k || !(r->scale > 0.0f) ||
+            r->freqs == nullptr)) {
+        return tca_fail(TCA_ERR_ARGUMENT, "rope: n_rot must be even and at most head_dim_k, scale positive, freqs given");
     }
 
     if (impl == TCA_IMPL_REFERENCE) {
         std::vector<float> unused(scores ? 0 : n_tokens);
-        return tca_reference_select(keys, positions, n_tokens, head_dim, r, 0, block_size, n_keep, keep_counts, counts, kept,
+        return tca_reference_select(metric->name, *group, 0, block_size, n_keep, keep_counts, counts, kept,
                 scores ? scores : unused.data());
     }
     tca_select_scratch  scratch;
     std::vector<double> importance(n_tokens);
-    tca_importance_key_diff(keys, positions, n_tokens, head_dim, r, 0, scratch, importance.data());
+    tca_importance(*metric, *group, 0, scratch, importance.data());
     if (scores) {
         std::copy(importance.begin(), importance.end(), scores);
     }

@@ -1,5 +1,7 @@
 #include "tca-budgets.h"
 
+#include "metrics/tca-metric.h"
+
 #include "gguf.h"
 
 #include <algorithm>
@@ -21,10 +23,6 @@ tca_budgets tca_budgets_data::view() const {
     b.n_head_kv   = n_head_kv;
     b.head_config = head_config.data();
     return b;
-}
-
-bool tca_metric_known(const char * metric) {
-    return metric != nullptr && strcmp(metric, "key-diff") == 0;
 }
 
 static std::string num(long long v) {
@@ -49,13 +47,13 @@ std::string tca_budgets_problem(const tca_budgets & b) {
     if (b.sinks > TCA_MAX_WINDOW) {
         return "tca.sinks is " + num(b.sinks) + ", it must lie between 0 and " + num(TCA_MAX_WINDOW);
     }
-    if (!tca_metric_known(b.metric)) {
+    if (tca_metric_find(b.metric) == nullptr) {
         // a file's string may be long or hold control characters: show a short, printable part
         std::string shown;
         for (const char * p = b.metric ? b.metric : ""; *p && shown.size() < 32; ++p) {
             shown += *p >= 0x20 && *p < 0x7f ? *p : '?';
         }
-        return "tca.metric is '" + shown + "', this build knows: key-diff";
+        return "tca.metric is '" + shown + "', this build knows: " + tca_metric_names();
     }
     if (b.n_keep < 1 || b.n_keep > TCA_MAX_BLOCK + 1 || b.keep_counts == nullptr) {
         return "tca.keep_counts has " + num(b.n_keep) + " entries, it must have 1 to tca.block_size + 1";

@@ -26,9 +26,6 @@ struct tca_budgets_data {
     tca_budgets view() const;
 };
 
-// Metrics that tca_select() knows.
-bool tca_metric_known(const char * metric);
-
 // Empty string: valid. Otherwise one line that names the key and says what it must be.
 std::string tca_budgets_problem(const tca_budgets & budgets);
 

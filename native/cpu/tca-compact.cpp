@@ -24,11 +24,13 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
     const tca_select_params & params = *(const tca_select_params *) userdata;
 
     const int     row      = tca_op_get_params(dst).row;
-    const int64_t head_dim = k->ne[0];
+    const int64_t dim_k    = k->ne[0];
+    const int64_t dim_v    = v->ne[0];
     const int     n        = params.group_size;
 
     static thread_local tca_select_scratch   scratch;
     static thread_local std::vector<float>   keys;
+    static thread_local std::vector<float>   values;
     static thread_local std::vector<double>  importance;
     static thread_local std::vector<int32_t> kept;
 
@@ -42,11 +44,20 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
             const int64_t first = (int64_t) d[TCA_DESC_OFFSET] + d[TCA_DESC_GROUP];
             int32_t * positions = (int32_t *) pos->data + first;
 
-            keys.resize(n*head_dim);
             importance.resize(n);
             kept.resize(n);
-            tca_rows_to_f32(k->type, (const char *) k->data + first*k->nb[1], keys.data(), n*head_dim);
-            tca_importance_key_diff(keys.data(), positions, n, head_dim, params.rope, params.hadamard, scratch, importance.data());
+            tca_group g = { n, (int32_t) dim_k, (int32_t) dim_v, params.layer, (int32_t) h, nullptr, nullptr, positions, &params.rope };
+            if (params.metric->needs & TCA_NEEDS_KEYS) {
+                keys.resize(n*dim_k);
+                tca_rows_to_f32(k->type, (const char *) k->data + first*k->nb[1], keys.data(), n*dim_k);
+                g.keys = keys.data();
+            }
+            if (params.metric->needs & TCA_NEEDS_VALUES) {
+                values.resize(n*dim_v);
+                tca_rows_to_f32(v->type, (const char *) v->data + first*v->nb[1], values.data(), n*dim_v);
+                g.values = values.data();
+            }
+            tca_importance(*params.metric, g, params.hadamard, scratch, importance.data());
             const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, params.n_keep, params.keep_counts,
                     params.configs + (size_t) d[TCA_DESC_CONFIG]*params.n_keep, scratch, kept.data());
 

@@ -37,44 +37,29 @@ static void rope_undo(double * x, int32_t position, const tca_rope & rope) {
     }
 }
 
-void tca_importance_key_diff(const float * keys, const int32_t * positions, int n_tokens, int head_dim,
-        const tca_rope & rope, int hadamard, tca_select_scratch & scratch, double * importance) {
-    // double throughout: selection is a ranking, and a rank must not depend on the order of a sum
-    scratch.keys.resize((size_t) n_tokens*head_dim);
-    scratch.mean.assign(head_dim, 0.0);
-    double * mean = scratch.mean.data();
+void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, tca_select_scratch & scratch,
+        double * importance) {
+    const int n = group.n_tokens, dim = group.head_dim_k;
 
-    for (int t = 0; t < n_tokens; ++t) {
-        double * x = &scratch.keys[(size_t) t*head_dim];
-        for (int d = 0; d < head_dim; ++d) {
-            x[d] = keys[(size_t) t*head_dim + d];
-        }
-        for (int d = 0; hadamard > 0 && d + hadamard <= head_dim; d += hadamard) {
-            hadamard_transform(x + d, hadamard);
-        }
-        rope_undo(x, positions[t], rope);
-        for (int d = 0; d < head_dim; ++d) {
-            mean[d] += x[d];
+    const bool needs_keys = metric.needs & TCA_NEEDS_KEYS;
+    if (needs_keys) {
+        // double throughout: selection is a ranking, and a rank must not depend on the order of a sum
+        scratch.keys.resize((size_t) n*dim);
+        for (int t = 0; t < n; ++t) {
+            double * x = &scratch.keys[(size_t) t*dim];
+            for (int d = 0; d < dim; ++d) {
+                x[d] = group.keys[(size_t) t*dim + d];
+            }
+            for (int d = 0; hadamard > 0 && d + hadamard <= dim; d += hadamard) {
+                hadamard_transform(x + d, hadamard);
+            }
+            if (group.rope) {
+                rope_undo(x, group.positions[t], *group.rope);
+            }
         }
     }
-
-    double mean_norm = 0.0;
-    for (int d = 0; d < head_dim; ++d) {
-        mean[d] /= n_tokens;
-        mean_norm += mean[d]*mean[d];
-    }
-
-    for (int t = 0; t < n_tokens; ++t) {
-        const double * x = &scratch.keys[(size_t) t*head_dim];
-        double dot = 0.0, norm = 0.0;
-        for (int d = 0; d < head_dim; ++d) {
-            dot  += x[d]*mean[d];
-            norm += x[d]*x[d];
-        }
-        const double denominator = std::sqrt(norm)*std::sqrt(mean_norm);
-        const double value       = denominator > 0.0 ? 1.0 - dot/denominator : 1.0;
-        importance[t] = std::isfinite(value) ? value : 0.0;  // a NaN must not reach the sort
-    }
+    metric.importance({ n, dim, group.head_dim_v, group.layer, group.head, needs_keys ? scratch.keys.data() : nullptr,
+            group.values, group.positions }, importance);
 }
 
 int tca_select_tokens(const double * importance, int n_tokens, int block_size, int n_keep, const int32_t * keep_counts,

@@ -1,7 +1,7 @@
 // Selection of one group on the CPU: importance of every token, then the tokens that stay.
 #pragma once
 
-#include "ops/tca-ops.h"
+#include "metrics/tca-metric.h"
 
 #include <cstdint>
 #include <vector>
@@ -9,15 +9,14 @@
 // Scratch that is reused from group to group.
 struct tca_select_scratch {
     std::vector<double>  keys;    // [n_tokens, head_dim], before RoPE
-    std::vector<double>  mean;    // [head_dim]
     std::vector<double>  blocks;  // [n_blocks] importance
     std::vector<int32_t> order;
 };
 
-// Importance of a token: 1 - cos(key, mean key of the group), both before RoPE ("key-diff").
-//   keys [n_tokens, head_dim] f32 as stored, positions [n_tokens], importance [n_tokens] out
-void tca_importance_key_diff(const float * keys, const int32_t * positions, int n_tokens, int head_dim,
-        const tca_rope & rope, int hadamard, tca_select_scratch & scratch, double * importance);
+// Importance of every token of a group under a metric; undoes what was done to the keys if the metric looks at them.
+//   hadamard: size of the matrices the keys were multiplied with, 0: none; importance [n_tokens] out
+void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, tca_select_scratch & scratch,
+        double * importance);
 
 // Ranks the blocks by the sum of their tokens' importance (least redundant first, ties towards the newer block), gives the
 // largest keep count to the first counts[n_keep-1] of them and so on down, and keeps the most important tokens of each

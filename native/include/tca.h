@@ -65,7 +65,7 @@ struct tca_budgets {
     uint32_t        group_size;   // G, tokens compacted together, a multiple of block_size
     uint32_t        window;       // W, the newest tokens, never compacted
     uint32_t        sinks;        // the first tokens, never compacted
-    const char *    metric;       // name of the selection metric, "key-diff"
+    const char *    metric;       // name of the selection metric, one of tca_metric_name()
     uint32_t        n_keep;       // allowed numbers of kept tokens in a block
     const int32_t * keep_counts;  // [n_keep], strictly increasing, 0 <= k <= block_size
     uint32_t        n_configs;
@@ -144,15 +144,28 @@ struct tca_rope {
 // Which implementation answers: the plain scalar reference or the op that the runtime uses.
 enum tca_impl { TCA_IMPL_REFERENCE = 0, TCA_IMPL_CPU = 1 };
 
-// Scores and selects the tokens of one group of one KV head (design: paper section "online selection").
-//   keys      [n_tokens, head_dim] f32, as stored (after RoPE); n_tokens = blocks*block_size
-//   positions [n_tokens]
+// Name of the i-th selection metric, a value of tca.metric; NULL past the last. Static storage.
+TCA_API const char * tca_metric_name(int32_t i);
+
+// One group of one KV head, as the store holds it. All pointers are borrowed.
+struct tca_group {
+    int32_t                 n_tokens;
+    int32_t                 head_dim_k;
+    int32_t                 head_dim_v;  // with values only
+    int32_t                 layer;       // which head it is, for metrics that tell heads apart
+    int32_t                 head;
+    const float *           keys;        // [n_tokens, head_dim_k], after RoPE
+    const float *           values;      // [n_tokens, head_dim_v]; NULL: metrics that look at values are refused
+    const int32_t *         positions;   // [n_tokens], increasing
+    const struct tca_rope * rope;        // NULL: the keys carry no rotation
+};
+
+// Scores and selects the tokens of a group of blocks*block_size tokens (design: paper section "online selection").
 //   counts    [n_keep] blocks that keep keep_counts[j]
 //   kept      [n_tokens] out: indices of the kept tokens, increasing
 //   scores    [n_tokens] out, may be NULL: importance of every token
 // Returns the number of kept tokens (sum_j keep_counts[j]*counts[j]); negative tca_status on failure.
-TCA_API int32_t tca_select(enum tca_impl impl, const char * metric, const float * keys, const int32_t * positions,
-        int32_t n_tokens, int32_t head_dim, const struct tca_rope * rope, int32_t block_size,
+TCA_API int32_t tca_select(enum tca_impl impl, const char * metric, const struct tca_group * group, int32_t block_size,
         int32_t n_keep, const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores);
 
 // Ragged attention over one region per KV head, bottom-right causal: query t sees slots [0, lengths[h] - n_tokens + t].

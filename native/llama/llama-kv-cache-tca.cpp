@@ -3,6 +3,8 @@
 #include "llama-model-tca.h"
 #include "tca-rope.h"
 
+#include "metrics/tca-metric.h"
+
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -61,7 +63,8 @@ static void check_type(ggml_type type, uint32_t head_dim, const char * what) {
 }
 
 // Refuses a device that lacks the ops, instead of letting the scheduler move the attention to the CPU.
-static void check_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint32_t head_dim_k, uint32_t head_dim_v) {
+static void check_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint32_t head_dim_k, uint32_t head_dim_v,
+        const tca_select_params & select) {
     const ggml_init_params params = { 32*ggml_tensor_overhead(), nullptr, true };
     ggml_context_ptr ctx { ggml_init(params) };
     ggml_tensor * k    = ggml_new_tensor_2d(ctx.get(), type_k, head_dim_k, 64);
@@ -75,13 +78,13 @@ static void check_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type typ
         tca_build_append(ctx.get(), k, v, pos, kc, vc, desc, 0),
         tca_build_attn(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, nullptr),
         tca_build_attn_split(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, 1, nullptr),
-        tca_build_compact(ctx.get(), k, v, pos, desc, 0, nullptr),
+        tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select),
     };
     for (ggml_tensor * node : nodes) {
         if (!ggml_backend_dev_supports_op(dev, node)) {
-            throw std::runtime_error(format("tca: device %s (%s) cannot run the TCA ops with this model and these cache types; keep the KV "
+            throw std::runtime_error(format("tca: device %s (%s) cannot run the TCA ops with this model, these cache types and metric %s; keep the KV "
                     "cache on the CPU (--no-kv-offload), keep the layers there (-ngl 0), or load with --override-kv tca.enabled=bool:false",
-                    ggml_backend_dev_name(dev), ggml_backend_dev_description(dev)));
+                    ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), select.metric->name));
         }
     }
 }
@@ -104,6 +107,10 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         if (!plan.layer_stored(il)) {
             continue;
         }
+        layer & l = layers[il];
+        l.select.metric = tca_metric_find(plan.budgets.metric.c_str());  // known: the budgets were checked
+        l.select.layer  = il;
+
         const uint32_t head_dim_k = hparams.n_embd_head_k(il);
         const uint32_t head_dim_v = hparams.n_embd_head_v(il);
         check_type(type_k, head_dim_k, "K");
@@ -112,7 +119,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
         if (cparams.offload_kqv) {
             ggml_backend_dev_t dev = model.dev_layer(il);
-            check_device(dev, type_k, type_v, head_dim_k, head_dim_v);
+            check_device(dev, type_k, type_v, head_dim_k, head_dim_v, layers[il].select);
             buft = ggml_backend_dev_buffer_type(dev);
         }
 
@@ -121,7 +128,6 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
             ctx.reset(ggml_init({ 3*(size_t) n_layer*ggml_tensor_overhead(), nullptr, true }));
         }
 
-        layer & l = layers[il];
         const int64_t n_slots = plan.slots(il)*streams.size();
         if (n_slots > std::numeric_limits<int32_t>::max()) {
             throw std::runtime_error("tca: the context is too large for one cache; lower n_ctx or the number of sequences");

@@ -24,6 +24,8 @@ enum tca_desc_field {
     TCA_DESC_SIZE,
 };
 
+struct tca_metric;
+
 // What selection needs to know about a layer. Owned by the cache, outlives every graph that refers to it.
 struct tca_select_params {
     int32_t         block_size;
@@ -34,6 +36,8 @@ struct tca_select_params {
     const int32_t * configs;      // [n_configs, n_keep]
     struct tca_rope rope;
     int32_t         hadamard;     // keys were multiplied by Hadamard matrices of this size (quantized caches); 0: not
+    int32_t         layer;
+    const struct tca_metric * metric;
 };
 
 enum tca_op {

@@ -1,18 +1,24 @@
 #include "tca-reference.h"
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <map>
+#include <string>
 #include <vector>
 
-int32_t tca_reference_select(const float * keys, const int32_t * positions, int32_t n_tokens, int32_t head_dim,
-        const tca_rope & rope, int32_t hadamard, int32_t block_size, int32_t n_keep, const int32_t * keep_counts,
-        const int32_t * counts, int32_t * kept, float * scores) {
-    std::vector<std::vector<double>> x(n_tokens, std::vector<double>(head_dim));
-    for (int t = 0; t < n_tokens; ++t) {
+using matrix = std::vector<std::vector<double>>;
+
+// Keys before RoPE [n_tokens][head_dim_k], from the definitions of the Hadamard matrix and of the rotation.
+static matrix plain_keys(const tca_group & g, int hadamard) {
+    const int dim = g.head_dim_k;
+    matrix x(g.n_tokens, std::vector<double>(dim));
+    for (int t = 0; t < g.n_tokens; ++t) {
         // H is symmetric and its own inverse: entry (i, j) is (-1)^(common bits of i and j)/sqrt(hadamard)
-        for (int i = 0; i < head_dim; ++i) {
+        for (int i = 0; i < dim; ++i) {
             const int base = hadamard > 0 ? i/hadamard*hadamard : 0;
-            if (hadamard == 0 || base + hadamard > head_dim) {
-                x[t][i] = keys[t*head_dim + i];
+            if (hadamard == 0 || base + hadamard > dim) {
+                x[t][i] = g.keys[t*dim + i];
                 continue;
             }
             for (int j = 0; j < hadamard; ++j) {
@@ -20,38 +26,93 @@ int32_t tca_reference_select(const float * keys, const int32_t * positions, int3
                 for (int bit = 1; bit < hadamard; bit *= 2) {
                     common += ((i - base) & bit) && (j & bit);
                 }
-                x[t][i] += (common % 2 ? -1.0 : 1.0)*keys[t*head_dim + base + j]/std::sqrt((double) hadamard);
+                x[t][i] += (common % 2 ? -1.0 : 1.0)*g.keys[t*dim + base + j]/std::sqrt((double) hadamard);
             }
         }
-        for (int i = 0; rope.type != TCA_ROPE_NONE && i < rope.n_rot/2; ++i) {
-            const int    a = rope.type == TCA_ROPE_NORM ? 2*i     : i;
-            const int    b = rope.type == TCA_ROPE_NORM ? 2*i + 1 : i + rope.n_rot/2;
-            const double angle = -(double) positions[t]*rope.freqs[i];
+        for (int i = 0; g.rope && g.rope->type != TCA_ROPE_NONE && i < g.rope->n_rot/2; ++i) {
+            const int    a = g.rope->type == TCA_ROPE_NORM ? 2*i     : i;
+            const int    b = g.rope->type == TCA_ROPE_NORM ? 2*i + 1 : i + g.rope->n_rot/2;
+            const double angle = -(double) g.positions[t]*g.rope->freqs[i];
             const double xa = x[t][a], xb = x[t][b];
-            x[t][a] = (xa*std::cos(angle) - xb*std::sin(angle))/rope.scale;
-            x[t][b] = (xa*std::sin(angle) + xb*std::cos(angle))/rope.scale;
+            x[t][a] = (xa*std::cos(angle) - xb*std::sin(angle))/g.rope->scale;
+            x[t][b] = (xa*std::sin(angle) + xb*std::cos(angle))/g.rope->scale;
         }
     }
+    return x;
+}
 
-    std::vector<double> mean(head_dim), importance(n_tokens);
-    for (int i = 0; i < head_dim; ++i) {
-        for (int t = 0; t < n_tokens; ++t) {
-            mean[i] += x[t][i]/n_tokens;
+static double dot(const std::vector<double> & x, const std::vector<double> & y) {
+    double sum = 0.0;
+    for (size_t i = 0; i < x.size(); ++i) {
+        sum += x[i]*y[i];
+    }
+    return sum;
+}
+
+static std::vector<double> key_diff(const tca_group & g, int hadamard) {
+    const matrix x = plain_keys(g, hadamard);
+    std::vector<double> mean(g.head_dim_k), importance(g.n_tokens);
+    for (int i = 0; i < g.head_dim_k; ++i) {
+        for (int t = 0; t < g.n_tokens; ++t) {
+            mean[i] += x[t][i]/g.n_tokens;
         }
     }
-    for (int t = 0; t < n_tokens; ++t) {
-        double dot = 0.0, xx = 0.0, mm = 0.0;
-        for (int i = 0; i < head_dim; ++i) {
-            dot += x[t][i]*mean[i];
-            xx  += x[t][i]*x[t][i];
-            mm  += mean[i]*mean[i];
-        }
-        importance[t] = xx > 0.0 && mm > 0.0 ? 1.0 - dot/std::sqrt(xx*mm) : 1.0;
+    for (int t = 0; t < g.n_tokens; ++t) {
+        const double xx = dot(x[t], x[t]), mm = dot(mean, mean);
+        importance[t] = xx > 0.0 && mm > 0.0 ? 1.0 - dot(x[t], mean)/std::sqrt(xx*mm) : 1.0;
         if (!std::isfinite(importance[t])) {
             importance[t] = 0.0;
         }
-        scores[t] = importance[t];
     }
+    return importance;
+}
+
+static std::vector<double> key_norm(const tca_group & g, int hadamard) {
+    const matrix x = plain_keys(g, hadamard);
+    std::vector<double> importance(g.n_tokens);
+    for (int t = 0; t < g.n_tokens; ++t) {
+        const double norm = std::sqrt(dot(x[t], x[t]));
+        importance[t] = std::isfinite(norm) ? -norm : -FLT_MAX;
+    }
+    return importance;
+}
+
+static std::vector<double> value_norm(const tca_group & g, int /*hadamard*/) {
+    std::vector<double> importance(g.n_tokens);
+    for (int t = 0; t < g.n_tokens; ++t) {
+        const std::vector<double> x(g.values + t*g.head_dim_v, g.values + (t + 1)*g.head_dim_v);
+        const double norm = std::sqrt(dot(x, x));
+        importance[t] = std::isfinite(norm) ? norm : 0.0;
+    }
+    return importance;
+}
+
+static std::vector<double> streaming(const tca_group & g, int /*hadamard*/) {
+    return { g.positions, g.positions + g.n_tokens };
+}
+
+static std::vector<double> hashed(const tca_group & g, int /*hadamard*/) {
+    std::vector<double> importance(g.n_tokens);
+    for (int t = 0; t < g.n_tokens; ++t) {
+        const uint64_t id = g.positions[t]*(1ull << 32) + g.layer*(1ull << 16) + g.head;
+        uint64_t z = id + 0x9e3779b97f4a7c15ull;
+        z = (z ^ (z >> 30))*0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27))*0x94d049bb133111ebull;
+        z = z ^ (z >> 31);
+        importance[t] = std::ldexp((double) (z >> 11), -53);
+    }
+    return importance;
+}
+
+static const std::map<std::string, std::vector<double> (*)(const tca_group &, int)> METRICS = {
+    { "key-diff", key_diff }, { "key-norm", key_norm }, { "value-norm", value_norm }, { "streaming", streaming }, { "random", hashed },
+};
+
+int32_t tca_reference_select(const char * metric, const tca_group & g, int32_t hadamard, int32_t block_size, int32_t n_keep,
+        const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores) {
+    const int n_tokens = g.n_tokens;
+    const std::vector<double> importance = METRICS.at(metric)(g, hadamard);
+    std::copy(importance.begin(), importance.end(), scores);
 
     const int n_blocks = n_tokens/block_size;
     std::vector<double> block(n_blocks);

@@ -6,9 +6,9 @@
 #include <cstdint>
 
 // See tca_select() in tca.h; `scores` must not be NULL. hadamard: size of the matrices the keys were multiplied with, 0: none.
-int32_t tca_reference_select(const float * keys, const int32_t * positions, int32_t n_tokens, int32_t head_dim,
-        const tca_rope & rope, int32_t hadamard, int32_t block_size, int32_t n_keep, const int32_t * keep_counts,
-        const int32_t * counts, int32_t * kept, float * scores);
+// `metric` must be one of tca_metric_name().
+int32_t tca_reference_select(const char * metric, const tca_group & group, int32_t hadamard, int32_t block_size, int32_t n_keep,
+        const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores);
 
 // See tca_attention() in tca.h; k and v are f32 here, regions one after another.
 void tca_reference_attention(const float * q, const float * k, const float * v, int32_t n_tokens, int32_t n_head,

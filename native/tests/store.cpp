@@ -102,12 +102,14 @@ void test_store::cut(region_t & r, int64_t n) {
     r.pos.resize(n);
 }
 
-void test_store::expect_compact(region_t & r, int64_t group, int32_t config, const tca_select_params & p) {
-    const std::vector<float> keys = to_f32(shape.type_k, r.k.data() + group*row_k, (int64_t) p.group_size*shape.dk);
+void test_store::expect_compact(region_t & r, int head, int64_t group, int32_t config, const tca_select_params & p) {
+    const std::vector<float> keys   = to_f32(shape.type_k, r.k.data() + group*row_k, (int64_t) p.group_size*shape.dk);
+    const std::vector<float> values = to_f32(shape.type_v, r.v.data() + group*row_v, (int64_t) p.group_size*shape.dv);
     std::vector<int32_t> kept(p.group_size);
     std::vector<float>   scores(p.group_size);
-    const int n = tca_reference_select(keys.data(), r.pos.data() + group, p.group_size, shape.dk, p.rope, p.hadamard, p.block_size,
-            p.n_keep, p.keep_counts, p.configs + (size_t) config*p.n_keep, kept.data(), scores.data());
+    const tca_group g = { p.group_size, shape.dk, shape.dv, p.layer, head, keys.data(), values.data(), r.pos.data() + group, &p.rope };
+    const int n = tca_reference_select(p.metric->name, g, p.hadamard, p.block_size, p.n_keep, p.keep_counts,
+            p.configs + (size_t) config*p.n_keep, kept.data(), scores.data());
     region_t res = r;
     cut(res, group);
     for (int64_t i = 0; i < (int64_t) r.pos.size() - group; ++i) {
@@ -271,7 +273,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
                     written[seg.token + t] = true;
                 }
                 if (compacts && d[TCA_DESC_CONFIG] != TCA_HEAD_DENSE) {
-                    expect_compact(r, seg.group[h], seg.config[h], *o.select);
+                    expect_compact(r, h, seg.group[h], seg.config[h], *o.select);
                 }
             }
             max_count = std::max<int64_t>(max_count, seg.count);

@@ -258,6 +258,11 @@ TEST(hostile_budgets_through_the_c_api) {
     const int32_t keep_counts[] = { 1, 8 }, configs[] = { 4, 0 }, head_config[] = { 0 };
     const tca_budgets good = { 1, 8, 32, 16, 4, "key-diff", 2, keep_counts, 1, configs, 1, 1, head_config };
     CHECK(tca_budgets_check(&good) == TCA_OK, "%s", tca_last_error());
+    for (int i = 0; tca_metric_name(i) != nullptr; ++i) {
+        tca_budgets b = good;
+        b.metric = tca_metric_name(i);
+        CHECK(tca_budgets_check(&b) == TCA_OK, "%s: %s", b.metric, tca_last_error());
+    }
     const std::vector<std::pair<const char *, std::function<void(tca_budgets &)>>> changes = {
         { "tca.metric",      [](tca_budgets & b) { b.metric      = nullptr;   } },
         { "tca.keep_counts", [](tca_budgets & b) { b.keep_counts = nullptr;   } },

@@ -3,6 +3,7 @@
 // Without a GPU every test says that it was skipped.
 #include "check.h"
 
+#include "metrics/tca-metric.h"
 #include "ops/tca-ops.h"
 
 #include "ggml-alloc.h"
@@ -97,6 +98,7 @@ struct op_data {
         select.configs     = configs.data();
         select.rope        = { c.rope, c.rope == TCA_ROPE_NONE ? 0 : c.n_rot, 1.0f, freqs.data() };
         select.hadamard    = c.hadamard;
+        select.metric      = tca_metric_find("key-diff");
 
         std::vector<int64_t> offset(n_regions);
         n_slots = 3;

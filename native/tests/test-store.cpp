@@ -42,6 +42,7 @@ struct pipeline_case {
     tca_rope_type rope;
     int n_rot;
     int hadamard;
+    const char * metric = "key-diff";
 };
 
 struct pipeline_counts {
@@ -85,6 +86,8 @@ static void run_pipeline(const pipeline_case & c, int n_threads, uint64_t seed, 
     select.configs     = b.configs.data();
     select.rope        = { c.rope, c.rope == TCA_ROPE_NONE ? 0 : c.n_rot, 1.1f, freqs.data() };
     select.hadamard    = c.hadamard;
+    select.layer       = seed % 7;
+    select.metric      = tca_metric_find(c.metric);
 
     std::vector<tca_seq_state> states(c.n_streams);
     std::vector<int32_t> pos0(c.n_streams);
@@ -199,6 +202,17 @@ TEST(every_rotation) {
     report(counts);
 }
 
+TEST(every_metric) {
+    pipeline_counts counts;
+    int seed = 150;
+    for (int i = 0; tca_metric_at(i) != nullptr; ++i) {
+        const char * name = tca_metric_at(i)->name;
+        run_pipeline({ GGML_TYPE_F16,  GGML_TYPE_F16,  64, 32, 3, 2, 2, 250, TCA_ROPE_NEOX, 64, 0,  name }, 2, ++seed, counts);
+        run_pipeline({ GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, 64, 64, 2, 1, 1, 250, TCA_ROPE_NORM, 64, 64, name }, 1, ++seed, counts);
+    }
+    report(counts);
+}
+
 TEST(many_streams_heads_and_threads) {
     pipeline_counts counts;
     int seed = 200;
@@ -246,6 +260,7 @@ TEST(needles_survive_compaction_that_keeps_them) {
         select.configs     = b.configs.data();
         select.rope.type   = TCA_ROPE_NONE;
         select.rope.scale  = 1.0f;
+        select.metric      = tca_metric_find("key-diff");
 
         // every token is a needle: a direction of its own and its number as the value
         random_t rng(3);
@@ -349,6 +364,7 @@ TEST(compaction_alone) {
                 select.configs     = configs.data();
                 select.rope.type   = TCA_ROPE_NONE;
                 select.rope.scale  = 1.0f;
+                select.metric      = tca_metric_find("key-diff");
                 // only stream 1, and of it only heads 0 and 2: nothing else may move
                 micro_batch mb;
                 mb.fill(s, 1, rng);

@@ -85,6 +85,28 @@ def test_what_is_dropped_changes_the_answer(tca_model: Path, dense_model: Path, 
     assert np.abs(logits[:4] - whole[1][:4]).max() < 1e-3 < 0.05 < np.abs(logits[-1] - whole[1][-1]).max()
 
 
+@pytest.mark.parametrize("metric", ["random", "streaming"])
+def test_a_metric_knows_the_head_and_the_positions(metric: str, stock_model: Path, tmp_path: Path, ids: list[int]) -> None:
+    """What these two keep does not depend on the keys, so it is known for every head of every layer."""
+    budgets = make_budgets(stock_model, metric=metric)
+    gguf_file.embed_budgets(stock_model, tmp_path / "model.gguf", budgets)
+    with Context(tmp_path / "model.gguf", n_ubatch=100) as c:
+        c.feed(ids[:N])
+        check_structure(c, budgets, N)
+        groups, everything = c.sequence()[1], c.positions()
+    for (layer, head), config in np.ndenumerate(budgets.head_config):
+        expected = [np.arange(SINKS), np.arange(SINKS + groups * GROUP, N)]
+        for group in range(groups):
+            positions = SINKS + group * GROUP + np.arange(GROUP)
+            if config >= 0:
+                kept, _ = native.select(np.zeros((GROUP, 1)), positions, None, BLOCK, budgets.keep_counts, budgets.configs[config],
+                                        metric, "reference", layer=layer, head=head)  # fmt: skip
+                positions = positions[kept]
+            expected.append(positions)
+        got = everything[layer * budgets.n_head_kv + head]
+        np.testing.assert_array_equal(got, np.sort(np.concatenate(expected)), err_msg=f"layer {layer} head {head}")
+
+
 @pytest.mark.parametrize("types", [(F16, F16), (BF16, BF16), (Q8_0, Q8_0), (Q4_0, Q4_0), (F16, Q8_0)], ids=str)
 def test_cache_types(tca_model: Path, stock_model: Path, budgets: Budgets, ids: list[int], whole, types: tuple[int, int]) -> None:
     with Context(tca_model, type_k=types[0], type_v=types[1], n_ubatch=100) as c:

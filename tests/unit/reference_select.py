@@ -1,13 +1,25 @@
-"""The key-difference selection in plain numpy, written from the definition: the independent reference of the native code.
+"""Selection in plain numpy, written from the definitions: the independent reference of the native code. float64 throughout.
 
-importance_j = 1 - cos(k_j, mean of the group's keys), keys before the rotary embedding; float64 throughout.
+METRICS has one function a metric: a Group -> importance of every token [n], the larger, the longer it stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Group:
+    """keys: [n, dk] before the rotary embedding, values: [n, dv], positions: [n]; layer, head: which head it is."""
+
+    keys: np.ndarray
+    values: np.ndarray
+    positions: np.ndarray
+    layer: int = 0
+    head: int = 0
 
 
 def unrotate(keys: np.ndarray, positions: np.ndarray, rope_type: str, n_rot: int, scale: float, freqs: np.ndarray) -> np.ndarray:
@@ -35,6 +47,29 @@ def importance(keys: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(keys, axis=1) * np.linalg.norm(mean)
     cosine = np.divide(keys @ mean, norms, out=np.zeros(len(keys)), where=norms > 0)
     return 1.0 - cosine
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def random(group: Group) -> np.ndarray:
+    """Hash of (position, layer, head), side by side in 32 + 16 + 16 bits, as a fraction of 53 bits."""
+    word = (group.positions.astype(np.uint64) << np.uint64(32)) + np.uint64((group.layer << 16) + group.head)
+    return (splitmix64(word) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+METRICS = {
+    "key-diff": lambda group: importance(group.keys),
+    "key-norm": lambda group: -np.linalg.norm(group.keys, axis=1),
+    "value-norm": lambda group: np.linalg.norm(group.values, axis=1),
+    "streaming": lambda group: group.positions.astype(np.float64),
+    "random": random,
+}
 
 
 def select(scores: np.ndarray, block_size: int, keep_counts: Sequence[int], counts: Sequence[int]) -> list[int]:

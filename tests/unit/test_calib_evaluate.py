@@ -95,7 +95,7 @@ def table(layout=LAYOUT, n_layer=1, n_head_kv=2):
 def run_table(q, k, v, queries, kinds, step):
     """Feeds a text in micro-batches of ``step`` tokens, as the capture does."""
     t, n = table(), q.shape[1]
-    rank = lambda keys, first: order_group(importance(keys.astype(np.float64)).astype(np.float32), 4)  # noqa: E731
+    rank = lambda head, group: order_group(importance(k[head, group].astype(np.float64)).astype(np.float32), 4)  # noqa: E731
     for start in range(0, n, step):
         end = min(n, start + step)
         mine = (queries >= start) & (queries < end)

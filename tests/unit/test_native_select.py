@@ -17,11 +17,18 @@ ROPE_NAMES = {0: "none", 1: "norm", 2: "neox"}
 @dataclass
 class Case:
     keys: np.ndarray
+    values: np.ndarray
     positions: np.ndarray
     rope: native.Rope | None
     block: int
     keep: list[int]
     counts: list[int]
+    layer: int
+    head: int
+
+    def select(self, metric: str, impl: native.Impl) -> tuple[np.ndarray, np.ndarray]:
+        return native.select(self.keys, self.positions, self.rope, self.block, self.keep, self.counts, metric, impl,
+                             values=self.values, layer=self.layer, head=self.head)  # fmt: skip
 
 
 def make_case(seed: int) -> Case:
@@ -57,25 +64,39 @@ def make_case(seed: int) -> Case:
 
     keep = sorted(rng.choice(block + 1, size=int(rng.integers(1, min(block + 1, 6) + 1)), replace=False).tolist())
     counts = rng.multinomial(n_blocks, rng.dirichlet(np.ones(len(keep)))).tolist()
-    return Case(keys.astype(np.float32), positions.astype(np.int32), rope, block, keep, counts)
+    values = rng.normal(size=(n, int(rng.integers(1, 70)))) * np.exp(rng.normal(size=(n, 1)))
+    if kind == "duplicates":
+        values = values[rng.integers(0, max(1, n // 3), n)]
+    return Case(keys.astype(np.float32), values.astype(np.float32), positions.astype(np.int32), rope, block, keep, counts,
+                int(rng.integers(0, 200)), int(rng.integers(0, 130)))  # fmt: skip
 
 
-def numpy_select(case: Case) -> tuple[list[int], np.ndarray]:
+def numpy_select(case: Case, metric: str) -> tuple[list[int], np.ndarray]:
     rope = case.rope or native.Rope(0, 0, 1.0, np.zeros(0, np.float32))
     keys = reference_select.unrotate(case.keys, case.positions, ROPE_NAMES[rope.type], rope.n_rot, rope.scale, rope.freqs)
-    # a matrix product may give equal rows values that differ in the last bit: rounding makes them tie again
-    scores = np.round(reference_select.importance(keys), 10)
+    group = reference_select.Group(keys, case.values.astype(np.float64), case.positions, case.layer, case.head)
+    scores = reference_select.METRICS[metric](group)
+    # numpy's sums may give equal rows values that differ in the last bits: rounding makes them tie again
+    unit = (np.abs(scores).max() or 1.0) if metric in ("key-norm", "value-norm") else 1.0
+    scores = np.round(scores / unit, 10) * unit
     return reference_select.select(scores, case.block, case.keep, case.counts), scores
 
 
-@pytest.mark.parametrize("first", range(0, 1000, 100))
-def test_the_same_slots_for_a_thousand_cases(first: int) -> None:
-    for seed in range(first, first + 100):
+def test_every_metric_has_a_reference() -> None:
+    assert set(native.metrics()) == set(reference_select.METRICS)
+    assert native.metrics()[0] == "key-diff"  # the default stands first in messages
+
+
+@pytest.mark.parametrize(("metric", "seeds"), [
+    *(("key-diff", range(first, first + 100)) for first in range(0, 1000, 100)),
+    *((metric, range(1000, 1200)) for metric in reference_select.METRICS if metric != "key-diff"),
+])  # fmt: skip
+def test_the_same_slots_in_all_three(metric: str, seeds: range) -> None:
+    for seed in seeds:
         case = make_case(seed)
-        args = (case.keys, case.positions, case.rope, case.block, case.keep, case.counts)
-        kept, scores = native.select(*args, impl="cpu")
-        kept_reference, scores_reference = native.select(*args, impl="reference")
-        kept_numpy, scores_numpy = numpy_select(case)
+        kept, scores = case.select(metric, "cpu")
+        kept_reference, scores_reference = case.select(metric, "reference")
+        kept_numpy, scores_numpy = numpy_select(case, metric)
         assert np.isfinite(scores).all(), seed
         assert len(kept) == np.dot(case.keep, case.counts), seed
         np.testing.assert_array_equal(kept, kept_reference, err_msg=f"seed {seed}")
@@ -127,22 +148,41 @@ def test_a_rotation_is_undone() -> None:
         assert native.select(turned, positions, None, 16, [1, 2], [3, 1])[1].std() > 0.1  # left in, it shows
 
 
+@pytest.mark.parametrize("metric", reference_select.METRICS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_do_no_harm(value: float) -> None:
+def test_values_that_are_no_numbers_do_no_harm(value: float, metric: str) -> None:
     rng = np.random.default_rng(3)
     for seed in range(20):
-        keys = rng.normal(size=(64, 16)).astype(np.float32)
-        keys[rng.integers(0, 64, 1 + seed % 3), rng.integers(0, 16)] = value
-        args = (keys, np.arange(64), None, 16, [1, 4, 16], [1, 2, 1])
-        kept, scores = native.select(*args, impl="cpu")
+        keys, values = rng.normal(size=(2, 64, 16)).astype(np.float32)
+        for array in (keys, values):
+            array[rng.integers(0, 64, 1 + seed % 3), rng.integers(0, 16)] = value
+        args = (keys, np.arange(64), None, 16, [1, 4, 16], [1, 2, 1], metric)
+        kept, scores = native.select(*args, impl="cpu", values=values)
         assert len(kept) == 25 and np.isfinite(scores).all() and (np.diff(kept) > 0).all()
-        np.testing.assert_array_equal(kept, native.select(*args, impl="reference")[0])
+        np.testing.assert_array_equal(kept, native.select(*args, impl="reference", values=values)[0])
+
+
+def test_random_is_even_and_differs_between_heads() -> None:
+    """The mean of 4096 draws is 1/2 within five standard errors, and no two heads or layers draw alike."""
+    draws = [native.select(np.zeros((4096, 1)), np.arange(4096), None, 16, [16], [256], "random", layer=layer, head=head)[1]
+             for layer in (0, 1) for head in (0, 1)]  # fmt: skip
+    for scores in draws:
+        assert abs(scores.mean() - 0.5) < 5 / np.sqrt(12 * 4096) and 0 <= scores.min() < 0.01 and 0.99 < scores.max() <= 1
+    correlation = np.corrcoef(draws) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / np.sqrt(4096)
+
+
+def test_streaming_keeps_the_newest() -> None:
+    kept, _ = native.select(np.zeros((64, 4)), np.arange(64) + 500, None, 16, [0, 8, 16], [2, 1, 1], "streaming")
+    assert kept.tolist() == [*range(40, 48), *range(48, 64)]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"metric": "nothing"}, "unknown metric"),
+        ({"metric": "nothing"}, "unknown metric, this build knows: key-diff, "),
+        ({"metric": "value-norm"}, "looks at values, none were given"),
+        ({"metric": "value-norm", "values": np.ones((31, 8))}, "n = 32 is needed"),
         ({"block_size": 5}, "multiple of block_size"),
         ({"block_size": 0}, "multiple of block_size"),
         ({"block_size": -16}, "multiple of block_size"),
@@ -152,7 +192,7 @@ def test_values_that_are_no_numbers_do_no_harm(value: float) -> None:
         ({"keep_counts": [4, 4]}, "must increase"),
         ({"keep_counts": [-1, 4]}, "must increase"),
         ({"rope": native.Rope(2, 7, 1.0, np.ones(3, np.float32))}, "n_rot must be even"),
-        ({"rope": native.Rope(2, 10, 1.0, np.ones(5, np.float32))}, "at most head_dim"),
+        ({"rope": native.Rope(2, 10, 1.0, np.ones(5, np.float32))}, "at most head_dim_k"),
         ({"rope": native.Rope(1, 8, 0.0, np.ones(4, np.float32))}, "scale positive"),
         ({"rope": native.Rope(1, 8, float("nan"), np.ones(4, np.float32))}, "scale positive"),
     ],

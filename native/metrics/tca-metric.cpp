@@ -1,0 +1,33 @@
+#include "tca-metric.h"
+
+#include <cstring>
+#include <iterator>
+
+static const tca_metric METRICS[] = {
+    { "key-diff",   TCA_NEEDS_KEYS,   tca_metric_key_diff   },
+    { "key-norm",   TCA_NEEDS_KEYS,   tca_metric_key_norm   },
+    { "value-norm", TCA_NEEDS_VALUES, tca_metric_value_norm },
+    { "streaming",  0,                tca_metric_streaming  },
+    { "random",     0,                tca_metric_random     },
+};
+
+const tca_metric * tca_metric_find(const char * name) {
+    for (const tca_metric & metric : METRICS) {
+        if (name != nullptr && strcmp(name, metric.name) == 0) {
+            return &metric;
+        }
+    }
+    return nullptr;
+}
+
+const tca_metric * tca_metric_at(int i) {
+    return i >= 0 && i < (int) std::size(METRICS) ? &METRICS[i] : nullptr;
+}
+
+std::string tca_metric_names() {
+    std::string names;
+    for (const tca_metric & metric : METRICS) {
+        names += (names.empty() ? "" : ", ") + std::string(metric.name);
+    }
+    return names;
+}
