@@ -465,3 +465,58 @@ def _define_on_layer() -> None:
     @ffi.def_extern(name="tca_gguf_on_layer", error=False)
     def on_layer(layer: Any, user_data: Any) -> bool:
         return ffi.from_handle(user_data)._on_layer(layer)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def machine_limits(n_threads: int) -> tuple[float, float]:
+    """(bytes/s read from memory, f32 operations/s with a multiply-add counting as two), the best that n_threads reach."""
+    ffi, lib = _extension()
+    out = ffi.new("double[2]")
+    check_status(lib.tca_machine_limits(n_threads, out, out + 1))
+    return out[0], out[1]
+
+
+@dataclass(frozen=True)
+class PassSeconds:
+    """Where the time of forward passes went: attention itself, new keys and values into the cache, selection with compaction,
+    everything else."""
+
+    attention: float
+    append: float
+    select: float
+    other: float
+
+
+class Profile:
+    """Times attention inside forward passes. Goes into a context as `Capture` does: eval_ptr, handle, kept alive.
+
+    learn(), decode one micro-batch, take it back; start(), decode the same number of tokens again (any number of times), read().
+    off() in between, and before anything that is timed from outside: a context with a profile that is off runs as without one.
+    """
+
+    def __init__(self) -> None:
+        ffi, lib = _extension()
+        self._profile = ffi.gc(lib.tca_profile_new(), lib.tca_profile_free)
+        self.eval_ptr = int(ffi.cast("uintptr_t", ffi.addressof(lib, "tca_profile_eval")))
+        self.handle = int(ffi.cast("uintptr_t", self._profile))
+
+    def off(self) -> None:
+        _, lib = _extension()
+        lib.tca_profile_start(self._profile, lib.TCA_PROFILE_OFF)
+
+    def learn(self) -> None:
+        _, lib = _extension()
+        lib.tca_profile_start(self._profile, lib.TCA_PROFILE_LEARN)
+
+    def start(self) -> None:
+        _, lib = _extension()
+        lib.tca_profile_start(self._profile, lib.TCA_PROFILE_TIME)
+
+    def read(self) -> PassSeconds:
+        """Seconds since start(). TcaError if the graph was another one than the one learned."""
+        ffi, lib = _extension()
+        out = ffi.new("double[]", lib.TCA_PROFILE_N_CLASSES)
+        check_status(lib.tca_profile_read(self._profile, out))
+        return PassSeconds(out[lib.TCA_PROFILE_ATTENTION], out[lib.TCA_PROFILE_APPEND], out[lib.TCA_PROFILE_SELECT], out[lib.TCA_PROFILE_OTHER])

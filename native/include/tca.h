@@ -215,6 +215,41 @@ TCA_API void                 tca_capture_free(struct tca_capture * capture);
 // with flash attention enabled. Nodes other than attention run untouched; memory beside the model is one layer's Q, K, V.
 TCA_API bool tca_capture_eval(struct ggml_tensor * tensor, bool ask, void * capture);
 
+// ---- measuring -------------------------------------------------------------------------------------------------
+
+// What the machine can do at best with n_threads threads (1 to 1024): bytes/s read from memory, and f32 operations/s in the
+// vectors that the CPU kernels use, a multiply-add counting as two. Best of several runs; takes about half a second.
+TCA_API tca_status tca_machine_limits(int32_t n_threads, double * read_bandwidth, double * fma_peak);
+
+// Where the time of a forward pass goes, with either cache. The graph is computed in as few parts as keep the classes apart
+// (two a layer more than usual), so attention is timed as it runs and not node by node.
+enum tca_profile_class {
+    TCA_PROFILE_ATTENTION,  // scores, softmax, output
+    TCA_PROFILE_APPEND,     // new keys and values into the cache
+    TCA_PROFILE_SELECT,     // selection and compaction
+    TCA_PROFILE_OTHER,      // everything else
+    TCA_PROFILE_N_CLASSES,
+};
+
+enum tca_profile_mode {
+    TCA_PROFILE_OFF,        // the callback changes nothing and costs nothing that could be measured
+    TCA_PROFILE_LEARN,      // the next pass shows which nodes the graph has
+    TCA_PROFILE_TIME,       // passes over that same graph are timed
+};
+
+struct tca_profile;
+TCA_API struct tca_profile * tca_profile_new(void);
+TCA_API void                 tca_profile_free(struct tca_profile * profile);
+
+// Sets the mode; LEARN forgets the graph, TIME sets all seconds to 0. Exactly one micro-batch is decoded after LEARN.
+TCA_API void tca_profile_start(struct tca_profile * profile, enum tca_profile_mode mode);
+
+// Seconds since TIME was started, seconds [TCA_PROFILE_N_CLASSES]. TCA_ERR_ARGUMENT: the graph was another one than learned.
+TCA_API tca_status tca_profile_read(const struct tca_profile * profile, double * seconds);
+
+// Put this into llama_context_params.cb_eval, and the profile into cb_eval_user_data.
+TCA_API bool tca_profile_eval(struct ggml_tensor * tensor, bool ask, void * profile);
+
 #ifdef __cplusplus
 }
 #endif

@@ -97,6 +97,10 @@ struct ggml_tensor * tca_build_compact(struct ggml_context * ctx, struct ggml_te
 // Vector extension the CPU kernels were compiled for: "avx512", "avx2", "neon" or "generic".
 const char * tca_cpu_simd(void);
 
+// Best of several runs on n_threads threads: bytes/s read from memory; f32 operations/s, a multiply-add counting as two.
+double tca_cpu_read_bandwidth(int n_threads);
+double tca_cpu_fma_peak      (int n_threads);
+
 // CPU kernels (ggml_custom_op_t).
 void tca_cpu_append      (struct ggml_tensor * dst, int ith, int nth, void * userdata);
 void tca_cpu_attn        (struct ggml_tensor * dst, int ith, int nth, void * userdata);

@@ -82,7 +82,7 @@ class Context:
 
     def __init__(self, path: Path, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
                  n_seq_max: int = 1, kv_unified: bool = False, flash: int | None = None, enabled: bool | int | str | None = None,
-                 abort: Callable[[], bool] | None = None) -> None:  # fmt: skip
+                 abort: Callable[[], bool] | None = None, profile: native.Profile | None = None) -> None:  # fmt: skip
         self.C = C = llama.load().llama_cpp
         self._take_log()
         self.model = self.ctx = None
@@ -108,6 +108,9 @@ class Context:
         if abort is not None:
             self._abort = C.ggml_abort_callback(lambda _: abort())
             p.abort_callback = self._abort
+        self._profile = profile
+        if profile is not None:
+            p.cb_eval, p.cb_eval_user_data = type(p.cb_eval)(profile.eval_ptr), profile.handle
         self.ctx = C.llama_init_from_model(self.model, p)
         if not self.ctx:
             C.llama_model_free(self.model)

@@ -160,3 +160,18 @@ def test_capture_keeps_an_exception() -> None:
     seen = []
     assert native.Capture(lambda one: seen.append(one.q.copy()))._on_layer(layer) is True
     assert seen[0].shape == (1, 1, 1) and seen[0] == value[0]
+
+
+def test_machine_limits() -> None:
+    bandwidth, flops = native.machine_limits(1)
+    assert 5e8 < bandwidth < 1e13 and 5e8 < flops < 1e13
+    for n_threads in (0, -1, 1025):
+        with pytest.raises(TcaError, match="n_threads"):
+            native.machine_limits(n_threads)
+
+
+def test_a_profile_without_a_pass_says_so() -> None:
+    profile = native.Profile()
+    profile.learn()
+    with pytest.raises(TcaError, match="another graph"):
+        profile.read()
