@@ -1,5 +1,7 @@
-// Rows of the store to and from f32.
+// Rows of the store to and from f32: whole rows, and vectors of a row for kernels that read each row once.
 #pragma once
+
+#include "tca-simd.h"
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -42,3 +44,42 @@ static inline void tca_rows_to_f32(ggml_type type, const void * src, float * dst
 static inline void tca_rows_from_f32(ggml_type type, const float * src, void * dst, int64_t n) {
     ggml_get_type_traits_cpu(type)->from_float(src, dst, n);
 }
+
+// Reads rows in registers: load(row, i) is elements [i, i + tca_full::lanes), i a multiple of tca_full::lanes. f32 everywhere;
+// the other types where TCA_READS_ROWS is defined, else tca_rows_to_f32 unpacks them first.
+template <ggml_type type> struct tca_row_reader;
+
+template <> struct tca_row_reader<GGML_TYPE_F32> {
+    static inline tca_full::type load(const char * row, int64_t i) { return tca_full::load((const float *) row + i); }
+};
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#    define TCA_READS_ROWS
+template <> struct tca_row_reader<GGML_TYPE_F16> {
+    static inline __m512 load(const char * row, int64_t i) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (row + 2*i))); }
+};
+
+template <> struct tca_row_reader<GGML_TYPE_BF16> {
+    static inline __m512 load(const char * row, int64_t i) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) (row + 2*i))), 16));
+    }
+};
+
+template <> struct tca_row_reader<GGML_TYPE_Q8_0> {
+    static inline __m512 load(const char * row, int64_t i) {
+        const block_q8_0 & b = ((const block_q8_0 *) row)[i/QK8_0];
+        const __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (b.qs + i%QK8_0)));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(b.d)));
+    }
+};
+
+template <> struct tca_row_reader<GGML_TYPE_Q4_0> {
+    static inline __m512 load(const char * row, int64_t i) {
+        // the low nibbles of a block are its first 16 elements
+        const block_q4_0 & b = ((const block_q4_0 *) row)[i/QK4_0];
+        const __m128i x = _mm_srl_epi16(_mm_loadu_si128((const __m128i *) b.qs), _mm_cvtsi32_si128(i%QK4_0/4));
+        const __m512i y = _mm512_cvtepi8_epi32(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(0x0f)), _mm_set1_epi8(8)));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(b.d)));
+    }
+};
+#endif

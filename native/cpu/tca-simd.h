@@ -1,7 +1,11 @@
-// The few vector operations the kernels need, on top of ggml's own abstraction (simd-mappings.h, vec.h). One lane is one query
-// row. tca_full is the widest vector, tca_half the one to use for at most tca_half::lanes rows (the same type where a narrower
-// one saves nothing). Without a fixed-size vector type (no SIMD, SVE, RVV) a "vector" is one float and the same code is the
-// fallback.
+// The few vector operations the kernels need, on top of ggml's own abstraction (simd-mappings.h, vec.h). tca_full is the widest
+// vector, tca_half the one to use for at most tca_half::lanes elements (the same type where a narrower one saves nothing).
+// Without a fixed-size vector type (no SIMD, SVE, RVV) a "vector" is one float and the same code is the fallback.
+//
+// tca_dims is for dot products of many keys with many queries: a tca_full holds `lanes` dimensions of `keys` keys.
+//   split   `keys` vectors of consecutive dimensions, one a key -> `keys` vectors of `lanes` dimensions, each of all keys
+//   repeat  `lanes` dimensions of a query, once for every key
+//   reduce  of `lanes` accumulators a[r]: lane r of every key's part is the sum of that part of a[r]
 #pragma once
 
 #include "ggml-cpu-impl.h"
@@ -9,6 +13,25 @@
 #include "vec.h"
 
 #include <cmath>
+#include <cstddef>
+
+#if defined(__GNUC__)
+#    define TCA_INLINE static inline __attribute__((always_inline))
+#else
+#    define TCA_INLINE static inline
+#endif
+
+// Asks for `size` bytes to be brought into the second-level cache. May point anywhere.
+static inline void tca_prefetch(const char * p, size_t size) {
+#if defined(__GNUC__)
+    for (size_t i = 0; i < size; i += 64) {
+        __builtin_prefetch(p + i, 0, 2);
+    }
+#else
+    (void) p;
+    (void) size;
+#endif
+}
 
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic) && \
     (defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || (defined(__ARM_NEON) && defined(__aarch64__)))
@@ -40,9 +63,61 @@ struct tca_full {
 };
 
 #    if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int TCA_TILE_M = 4, TCA_TILE_N = 3;  // 12 accumulators of 16 registers
+constexpr int TCA_REGISTERS = 16;
+constexpr int TCA_TILE_M = 4, TCA_TILE_N = 3;  // 12 accumulators
 #    else
-constexpr int TCA_TILE_M = 8, TCA_TILE_N = 3;  // 24 accumulators of 32 registers
+constexpr int TCA_REGISTERS = 32;
+constexpr int TCA_TILE_M = 8, TCA_TILE_N = 3;  // 24 accumulators
+#    endif
+
+#    if defined(__AVX512F__)
+struct tca_dims : tca_full {
+    static constexpr int keys = 2, lanes = 8;
+
+    static inline void split(const type x[keys], type y[keys]) {
+        y[0] = _mm512_shuffle_f32x4(x[0], x[1], 0x44);
+        y[1] = _mm512_shuffle_f32x4(x[0], x[1], 0xee);
+    }
+    static inline type repeat(const float * p) {
+        return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))));
+    }
+    // Each step adds neighbours at twice the distance; blends, which run on more ports, take the place of half the shuffles.
+    TCA_INLINE type add1(type a, type b) {
+        return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    TCA_INLINE type add2(type a, type b) {
+        return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    TCA_INLINE type add4(type a, type b) {
+        const type x = _mm512_mask_blend_ps(0xf0f0, b, a);
+        return add(_mm512_mask_blend_ps(0xf0f0, a, b), _mm512_shuffle_f32x4(x, x, 0xb1));
+    }
+    TCA_INLINE type reduce(const type a[lanes]) {
+        return add4(add2(add1(a[0], a[1]), add1(a[2], a[3])), add2(add1(a[4], a[5]), add1(a[6], a[7])));
+    }
+};
+#    elif defined(__AVX2__)
+struct tca_dims : tca_full {
+    static constexpr int keys = 1;
+
+    static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
+    static inline type repeat(const float * p)                 { return load(p); }
+    TCA_INLINE type reduce(const type a[lanes]) {
+        const type x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+        const type y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+        return add(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+    }
+};
+#    else
+struct tca_dims : tca_full {
+    static constexpr int keys = 1;
+
+    static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
+    static inline type repeat(const float * p)                 { return load(p); }
+    TCA_INLINE type reduce(const type a[lanes]) {
+        return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
+    }
+};
 #    endif
 
 #    if defined(__AVX512F__) && defined(__AVX512VL__)
@@ -100,6 +175,15 @@ struct tca_full {
     static inline type exp  (type x)                         { return expf(x); }
 };
 typedef tca_full tca_half;
+constexpr int TCA_REGISTERS = 16;
 constexpr int TCA_TILE_M = 4, TCA_TILE_N = 3;
+
+struct tca_dims : tca_full {
+    static constexpr int keys = 1;
+
+    static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
+    static inline type repeat(const float * p)                 { return *p; }
+    TCA_INLINE type reduce(const type a[lanes])             { return a[0]; }
+};
 
 #endif

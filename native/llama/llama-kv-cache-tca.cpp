@@ -3,6 +3,7 @@
 #include "llama-model-tca.h"
 #include "tca-rope.h"
 
+#include "cpu/tca-pages.h"
 #include "metrics/tca-metric.h"
 
 #include "llama-context.h"
@@ -178,6 +179,9 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         }
         if (!buf) {
             throw std::runtime_error("tca: failed to allocate the KV cache; lower n_ctx or use a smaller cache type");
+        }
+        if (ggml_backend_buffer_is_host(buf)) {
+            tca_prefer_large_pages(ggml_backend_buffer_get_base(buf), ggml_backend_buffer_get_size(buf));
         }
         ggml_backend_buffer_clear(buf, 0);
         ctxs_bufs.emplace_back(std::move(ctx), buf);

@@ -6,7 +6,7 @@
 
 static const std::vector<ggml_type> TYPES = { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 };
 static const std::vector<int>       DIMS  = { 64, 80, 96, 128, 256 };
-static const std::vector<int>       GQAS  = { 1, 4, 7, 8 };
+static const std::vector<int>       GQAS  = { 1, 3, 4, 7, 8, 16 };
 
 // Lengths before the micro-batch around the tile (64) and chunk (512) of the kernels, an empty region, and some in between.
 static const std::vector<int64_t> PASTS = { 0, 1, 62, 63, 64, 65, 127, 128, 200, 511, 512, 513, 700, 1023, 1024, 1025 };
@@ -80,6 +80,30 @@ TEST(keys_and_values_of_different_sizes) {
             s.dv  = dv;
             s.gqa = 2;
             run_one(s, { 70, 0, 130 }, n_tokens, { 2, true, -1, nullptr }, ++seed);
+        }
+    }
+}
+
+// Every row count of the kernel for few rows and the first of the other one, with every type; tokens that see different slots.
+TEST(few_rows) {
+    const std::vector<std::pair<int, int>> rows = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 3, 1 }, { 1, 3 }, { 4, 1 }, { 2, 2 }, { 5, 1 }, { 1, 5 },
+        { 3, 2 }, { 7, 1 }, { 8, 1 }, { 4, 2 }, { 1, 8 }, { 3, 3 }, { 16, 1 } };  // heads of a group, tokens
+    const std::vector<int64_t> lengths = { 0, 1, 2, 3, 13, 61, 64, 67, 127, 509, 511, 512, 521, 1021 };
+    int seed = 300;
+    for (const ggml_type type : TYPES) {
+        for (const int dim : DIMS) {
+            if (!fits(type, dim)) {
+                continue;
+            }
+            for (const auto & [gqa, n_tokens] : rows) {
+                random_t rng(++seed);
+                store_shape s;
+                s.type_k = type;
+                s.type_v = rng.below(4) == 0 ? GGML_TYPE_F16 : type;
+                s.dk = s.dv = dim;
+                s.gqa = gqa;
+                run_one(s, { rng.pick(lengths), rng.pick(lengths) }, n_tokens, { (int) rng.range(1, 2), rng.below(2) == 0, -1, nullptr }, seed);
+            }
         }
     }
 }
@@ -248,8 +272,9 @@ TEST(needles_on_both_sides_of_every_boundary) {
     int n = 0;
     for (const ggml_type type : TYPES) {
         for (const int64_t past : { 3, 63, 64, 511, 512, 1030 }) {
-            for (const int gqa : { 1, 7 }) {
-                for (const int n_tokens : { 1, 8, 9, 66 }) {
+            for (const auto & [gqa, counts] : std::vector<std::pair<int, std::vector<int>>>{
+                    { 1, { 1, 2, 8, 9, 66 } }, { 3, { 1, 2 } }, { 7, { 1, 8, 9, 66 } } }) {
+                for (const int n_tokens : counts) {
                     const int64_t end = past + n_tokens;
                     // first slot, tile and chunk edges, the last old slot, the oldest new one, oneself, the next, the newest
                     std::vector<int64_t> edges = { 0, 1, 15, 16, 63, 64, 65, 127, 128, 447, 448, 511, 512, 513, 1023, 1024, past - 1, past };
