@@ -5,6 +5,10 @@ For a query, ``o`` is the dense attention output and ``o_hat`` the output over t
 important blocks keep most, so a configuration is a sum of prefixes: the first ``N_j`` blocks of every group contribute
 the tokens that separate ``keep_counts[j-1]`` from ``keep_counts[j]``. The sums over groups are formed once for a head;
 after that a configuration costs n_keep additions whatever the length of the text.
+
+The bound beside the error needs no ``o_hat``: with the dropped mass ``d``, ``u`` the mean of the dropped values and ``c`` any
+fixed point, ``o - o_hat = d (u - o_hat)`` and both are means of values, so ``||o - o_hat|| <= d (max over the tokens that can be
+dropped of ||v - c|| + max over all tokens of ||v - c||)``. docs/calibration.md derives it.
 """
 
 from __future__ import annotations
@@ -19,10 +23,15 @@ from .stream import GroupOrder, Layout, blocks_at_least
 
 @dataclass(frozen=True)
 class HeadErrors:
-    """error, dropped: float32 [n_configs, n_rep, n_queries]: relative output error, and dense attention mass not kept."""
+    """float32 [n_configs, n_rep, n_queries] each.
+
+    error: relative output error; dropped: dense attention mass not kept; bound: what the dropped mass and the lengths of the
+    values allow the error to be at most.
+    """
 
     error: np.ndarray
     dropped: np.ndarray
+    bound: np.ndarray
 
 
 def head_errors(
@@ -92,6 +101,7 @@ def head_errors(
     full = dense_part + prefix[:, n_blocks].sum(axis=0) + rest
     out = full[:, :dv] / full[:, dv:]
     norm = np.maximum(np.linalg.norm(out, axis=1), np.float32(1e-20))
+    reach = np.tile(value_reach(v[:n_kv], queries, n_compacted, layout), n_rep) / norm
     error = np.empty((len(configs), rows), np.float32)
     dropped = np.empty((len(configs), rows), np.float32)
     for c, n_at_least in enumerate(blocks_at_least(configs)):
@@ -102,14 +112,28 @@ def head_errors(
         error[c] = np.linalg.norm(part[:, :dv] / mass - out, axis=1) / norm
         dropped[c] = np.maximum(1.0 - part[:, dv] / full[:, dv], 0.0)
     shape = (len(configs), n_rep, n_queries)
-    return HeadErrors(error=error.reshape(shape), dropped=dropped.reshape(shape))
+    return HeadErrors(error=error.reshape(shape), dropped=dropped.reshape(shape), bound=(dropped * reach).reshape(shape))
+
+
+def value_reach(v: np.ndarray, queries: np.ndarray, n_compacted: np.ndarray, layout: Layout) -> np.ndarray:
+    """How far the mean of dropped values and the mean of kept ones can lie apart at most, float32 [n_queries].
+
+    v: [n_kv, head_dim_v]; queries: [n_queries] indices; n_compacted: groups that each query sees compacted. The distances are
+    taken from the mean of all values; any point would do, this one is near.
+    """
+    distance = np.linalg.norm(v - v.mean(axis=0), axis=1)
+    largest = np.maximum.accumulate(distance)
+    droppable = np.maximum.accumulate(np.where(np.arange(len(v)) < layout.sinks, 0.0, distance))
+    last = layout.sinks + n_compacted * layout.group_size - 1  # of the tokens that a query can miss
+    reach = largest[queries] + np.where(n_compacted > 0, droppable[last], 0.0)
+    return reach.astype(np.float32)
 
 
 @dataclass
 class ErrorTable:
     """Running means over all evaluated queries.
 
-    error, dropped: float64 [n_kind, n_layer, n_head_kv, n_configs], sums until `mean` is asked for.
+    error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], sums until the mean is asked for.
     """
 
     kinds: tuple[str, ...]
@@ -123,6 +147,7 @@ class ErrorTable:
         shape = (len(self.kinds), self.n_layer, self.n_head_kv, len(self.configs))
         self.error_sum = np.zeros(shape)
         self.dropped_sum = np.zeros(shape)
+        self.bound_sum = np.zeros(shape)
         self.count = np.zeros((len(self.kinds), self.n_layer), dtype=np.int64)
         self._orders: dict[tuple[int, int], list[GroupOrder]] = {}
 
@@ -159,15 +184,22 @@ class ErrorTable:
                                  self.keep_counts, self.configs)
             for kind in range(len(self.kinds)):
                 mine = kind_of == kind
-                self.error_sum[kind, layer, h] += result.error[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
-                self.dropped_sum[kind, layer, h] += result.dropped[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
+                for total, value in ((self.error_sum, result.error), (self.dropped_sum, result.dropped), (self.bound_sum, result.bound)):
+                    total[kind, layer, h] += value[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
         for kind in range(len(self.kinds)):
             self.count[kind, layer] += int((kind_of == kind).sum())
 
     def mean_error(self) -> np.ndarray:
         """Mean relative output error, float64 [n_kind, n_layer, n_head_kv, n_configs]; kinds without queries are 0."""
-        return self.error_sum / np.maximum(self.count, 1)[:, :, None, None]
+        return self._mean(self.error_sum)
 
     def mean_dropped(self) -> np.ndarray:
         """Mean attention mass that selection drops, same shape."""
-        return self.dropped_sum / np.maximum(self.count, 1)[:, :, None, None]
+        return self._mean(self.dropped_sum)
+
+    def mean_bound(self) -> np.ndarray:
+        """Mean of the bounds on the errors, same shape; nowhere below `mean_error`."""
+        return self._mean(self.bound_sum)
+
+    def _mean(self, total: np.ndarray) -> np.ndarray:
+        return total / np.maximum(self.count, 1)[:, :, None, None]

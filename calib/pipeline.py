@@ -11,7 +11,7 @@ import numpy as np
 
 from tca_gguf.errors import TcaError
 
-from .allocate import DENSE, allocate
+from .allocate import DENSE, allocate, sparsest_within
 from .capture import Progress, run_capture
 from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
 from .evaluate import ErrorTable
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = 0.39
 DEFAULT_TOKENS = 6144
+# Tokens of a micro-batch: what the pass needs beside model and cache grows with it (docs/calibration.md, "Memory").
+UBATCH = 512
 # The kinds of queries are put on one scale by their mean error under this configuration, then added (prototype.md, 3).
 YARDSTICK = (1.0, 2.0)
 
@@ -32,7 +34,8 @@ YARDSTICK = (1.0, 2.0)
 class Measurement:
     """What one forward pass measured; every budget for this model and text follows from it.
 
-    error, dropped: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error and dropped mass.
+    error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error, dropped attention mass,
+    and the bound on the error that follows from it.
     """
 
     layout: Layout
@@ -43,6 +46,7 @@ class Measurement:
     kinds: tuple[str, ...]
     error: np.ndarray
     dropped: np.ndarray
+    bound: np.ndarray
     n_tokens: int
     text_sha256: str
 
@@ -58,8 +62,15 @@ class Measurement:
 
     def head_error(self) -> np.ndarray:
         """Relative output error averaged over the kinds that had queries, [n_layer, n_head_kv, n_configs]."""
+        return self._over_kinds(self.error)
+
+    def head_bound(self) -> np.ndarray:
+        """The bound on `head_error`, same shape."""
+        return self._over_kinds(self.bound)
+
+    def _over_kinds(self, values: np.ndarray) -> np.ndarray:
         used = self.error.max(axis=(1, 2, 3)) > 0
-        return self.error[used].mean(axis=0) if used.any() else self.error.mean(axis=0)
+        return values[used].mean(axis=0) if used.any() else values.mean(axis=0)
 
 
 def measure(
@@ -74,7 +85,7 @@ def measure(
     keep_counts: tuple[int, ...] = KEEP_COUNTS,
     configs: np.ndarray | None = None,
     metric: str = "key-diff",
-    n_ubatch: int | None = None,
+    n_ubatch: int = UBATCH,
 ) -> Measurement:
     """One forward pass over the calibration text, see `calibrate` for the arguments."""
     layout = layout or Layout()
@@ -93,27 +104,44 @@ def measure(
 
     def session_for(capture: object) -> Session:
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
-        return Session(model_path, n_ctx, n_ubatch=n_ubatch or n_ctx, n_threads=n_threads, overrides=stock, capture=capture)
+        return Session(model_path, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, overrides=stock, capture=capture)
 
     run_capture(session_for, table, text, metric, progress)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
-                       len(text.tokens), text.sha256)  # fmt: skip
+                       table.mean_bound(), len(text.tokens), text.sha256)  # fmt: skip
 
 
-def choose_budgets(m: Measurement, keep: float = DEFAULT_KEEP, max_error: float | None = None) -> Budgets:
-    """Budgets at a target mean kept fraction of the evicted region; ``max_error`` caps any head's error besides."""
+def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None) -> Budgets:
+    """Budgets from what was measured.
+
+    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); the summed error is least.
+    max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
+    paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
+    """
     from tca_gguf.budgets import Budgets, Calibration
 
     kept = kept_per_group(m.configs, m.keep_counts)
     n_layer, n_head_kv, n_configs = m.combined().shape
     errors = m.head_error().reshape(-1, n_configs)
-    result = allocate(m.combined().reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error)
+    if max_error is not None and not max_error > 0:
+        raise TcaError(f"max_error is {max_error}; it must be above 0")
+    if keep is None and max_error is not None:
+        choice = sparsest_within(errors, kept, max_error).tolist()
+    else:
+        keep = DEFAULT_KEEP if keep is None else keep
+        choice = allocate(m.combined().reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error).choice.tolist()
 
     # only the configurations in use go into the file
-    rows = sorted(set(result.choice.tolist()) - {DENSE})
+    rows = sorted(set(choice) - {DENSE})
     renumber = {DENSE: DENSE, **{row: i for i, row in enumerate(rows)}}
-    head_config = np.array([renumber[c] for c in result.choice.tolist()], dtype=np.int32).reshape(n_layer, n_head_kv)
-    head_errors = np.array([0.0 if c == DENSE else errors[h, c] for h, c in enumerate(result.choice.tolist())])
+    head_config = np.array([renumber[c] for c in choice], dtype=np.int32).reshape(n_layer, n_head_kv)
+    kept_fraction = float(np.append(kept / m.layout.group_size, 1.0)[choice].mean())
+
+    def per_head(values: np.ndarray) -> np.ndarray:
+        flat = values.reshape(-1, n_configs)
+        chosen = np.array([0.0 if c == DENSE else flat[h, c] for h, c in enumerate(choice)], dtype=np.float32)
+        return chosen.reshape(n_layer, n_head_kv)
+
     return Budgets(
         version=1,
         block_size=m.layout.block_size,
@@ -124,14 +152,15 @@ def choose_budgets(m: Measurement, keep: float = DEFAULT_KEEP, max_error: float 
         keep_counts=m.keep_counts,
         configs=m.configs[rows].astype(np.int32).reshape(len(rows), len(m.keep_counts)),
         head_config=head_config,
-        kept_fraction=result.kept / (m.layout.group_size * len(result.choice)),
+        kept_fraction=kept_fraction,
         enabled=True,
         calibration=Calibration(
             tokens=m.n_tokens,
             text_sha256=m.text_sha256,
-            target=keep,
+            target=kept_fraction if keep is None else keep,
             seed=m.seed,
-            errors=head_errors.reshape(n_layer, n_head_kv).astype(np.float32),
+            errors=per_head(m.head_error()),
+            bounds=per_head(m.head_bound()),
         ),
     )
 
@@ -139,7 +168,7 @@ def choose_budgets(m: Measurement, keep: float = DEFAULT_KEEP, max_error: float 
 def calibrate(
     model_path: str | os.PathLike[str],
     *,
-    keep: float = DEFAULT_KEEP,
+    keep: float | None = None,
     texts: Sequence[str] | None = None,
     tokens: int | None = None,
     seed: int = 0,
@@ -154,7 +183,7 @@ def calibrate(
 ) -> Budgets:
     """Budgets for every head of a model, from one forward pass.
 
-    keep: target mean kept fraction of the evicted region, in (0, 1]
+    keep, max_error: see `choose_budgets`; keep is in (0, 1]
     texts: documents in place of the package's own; facts are planted in them too
     tokens: length of the calibration text (default 6144), clamped to the model's context
     seed: of the planted facts
@@ -162,7 +191,7 @@ def calibrate(
     Raises TcaError: unreadable model, an architecture without plain attention, a text or context too short to evict.
     The same model, text, tokens and seed give the same budgets.
     """
-    if not 0 < keep <= 1:
+    if keep is not None and not 0 < keep <= 1:
         raise TcaError(f"keep is {keep}; it must be above 0 and at most 1")
     layout = Layout(block_size, group_size, window, sinks)
     keep_counts = tuple(2**i for i in range(block_size.bit_length()) if 2**i <= block_size)

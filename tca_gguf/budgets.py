@@ -22,7 +22,9 @@ class Calibration:
 
     tokens: tokens of the calibration text that were evaluated; text_sha256: hash of that text (UTF-8);
     target: the mean kept fraction asked for; seed: of the sampled queries and generated text;
-    errors: float32 [n_layer, n_head_kv], relative error of each head's attention output under its budget.
+    errors: float32 [n_layer, n_head_kv], mean relative error of each head's attention output under its budget;
+    bounds: float32 [n_layer, n_head_kv], what dropped attention mass and value norms allow that error to be at most; None in
+    files that do not say.
     """
 
     tokens: int
@@ -30,6 +32,7 @@ class Calibration:
     target: float
     seed: int
     errors: np.ndarray
+    bounds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

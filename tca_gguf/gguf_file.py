@@ -322,19 +322,25 @@ def _fraction(fields: _Fields, key: str) -> float:
 def _calibration(fields: _Fields, shape: ModelShape) -> Calibration | None:
     if not any(field.name.startswith("tca.calibration.") for field in fields.reader.metadata()):
         return None
-    errors = fields.get("tca.calibration.error", GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-    if len(errors) != shape.n_layer * shape.n_head_kv or not np.isfinite(errors).all():
-        raise TcaError(
-            f"{fields.path}: tca.calibration.error must hold one finite number for each of the "
-            f"{shape.n_layer * shape.n_head_kv} KV heads; {_AGAIN}"
-        )
+    has_bounds = fields.reader.get_field("tca.calibration.bound") is not None
     return Calibration(
         tokens=fields.get("tca.calibration.tokens", GGUFValueType.UINT32),
         text_sha256=fields.get("tca.calibration.text_sha256", GGUFValueType.STRING),
         target=_fraction(fields, "tca.calibration.target"),
         seed=fields.get("tca.calibration.seed", GGUFValueType.UINT32),
-        errors=errors.astype(np.float32).reshape(shape.n_layer, shape.n_head_kv),
+        errors=_per_head(fields, shape, "tca.calibration.error"),
+        bounds=_per_head(fields, shape, "tca.calibration.bound") if has_bounds else None,
     )
+
+
+def _per_head(fields: _Fields, shape: ModelShape, key: str) -> np.ndarray:
+    """float32 [n_layer, n_head_kv]"""
+    values = fields.get(key, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    if len(values) != shape.n_layer * shape.n_head_kv or not np.isfinite(values).all():
+        raise TcaError(
+            f"{fields.path}: {key} must hold one finite number for each of the {shape.n_layer * shape.n_head_kv} KV heads; {_AGAIN}"
+        )
+    return values.astype(np.float32).reshape(shape.n_layer, shape.n_head_kv)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------
@@ -367,6 +373,8 @@ def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path) -> list[byte
         writer.add_float32("tca.calibration.target", calibration.target)
         writer.add_uint32("tca.calibration.seed", calibration.seed)
         writer.add_array("tca.calibration.error", np.asarray(calibration.errors, np.float64).ravel().tolist())
+        if calibration.bounds is not None:
+            writer.add_array("tca.calibration.bound", np.asarray(calibration.bounds, np.float64).ravel().tolist())
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -4,6 +4,7 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -50,6 +51,21 @@ static void fetch(const ggml_tensor * t, int64_t n_used, std::vector<uint8_t> & 
     }
 }
 
+// Keys that the last query sees: those of a sequence that is alone in the cache stand at its start, in order. The mask of the
+// stock cache [n_kv, n_tokens] knows how many they are; K itself is padded.
+static int32_t count_keys(const ggml_tensor * mask, int64_t n_tokens, std::vector<uint8_t> & raw) {
+    raw.resize(mask->nb[1]);
+    ggml_backend_tensor_get(mask, raw.data(), (n_tokens - 1)*mask->nb[1], mask->nb[1]);
+    int64_t n = mask->ne[0];
+    const auto hidden = [&](int64_t i) {
+        return std::isinf(mask->type == GGML_TYPE_F16 ? ggml_fp16_to_fp32(((const ggml_fp16_t *) raw.data())[i]) : ((const float *) raw.data())[i]);
+    };
+    while (n > 0 && hidden(n - 1)) {
+        --n;
+    }
+    return n;
+}
+
 bool tca_capture_eval(ggml_tensor * t, bool ask, void * data) {
     if (t->op != GGML_OP_FLASH_ATTN_EXT) {
         return !ask;  // asked: not interested; told: go on
@@ -72,7 +88,7 @@ bool tca_capture_eval(ggml_tensor * t, bool ask, void * data) {
     tca_layer_qkv layer = {};
     layer.layer      = c.layer;
     layer.n_tokens   = q->ne[1];
-    layer.n_kv       = q->ne[1];
+    layer.n_kv       = t->src[3] ? count_keys(t->src[3], q->ne[1], c.raw) : q->ne[1];
     layer.n_head     = q->ne[2];
     layer.n_head_kv  = k->ne[2];
     layer.head_dim_k = k->ne[0];

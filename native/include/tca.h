@@ -188,11 +188,11 @@ TCA_API tca_status tca_context_rope(const struct llama_context * ctx, uint32_t l
 
 // ---- capture of Q, K, V during a forward pass (calibration) ----------------------------------------------------
 
-// One layer's attention inputs of one micro-batch over the dense cache. Valid only during the callback.
+// One layer's attention inputs of one micro-batch of the only sequence in the dense cache. Valid only during the callback.
 struct tca_layer_qkv {
     int32_t       layer;
     int32_t       n_tokens;   // queries
-    int32_t       n_kv;       // keys, the n_tokens newest included; == n_tokens if one micro-batch holds the text
+    int32_t       n_kv;       // keys, the n_tokens newest included
     int32_t       n_head;
     int32_t       n_head_kv;
     int32_t       head_dim_k;

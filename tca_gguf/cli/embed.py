@@ -34,12 +34,17 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
     tca, dense = budgets.kv_bytes(shape.head_dim_k, shape.head_dim_v, n_ctx)
     fractions = budgets.head_kept_fraction()
     calibration = budgets.calibration
+
+    def mean(values: np.ndarray) -> float:
+        return float(values[budgets.stored_layers()].mean())
+
     return {
         "model": str(model),
         "written": str(written) if written else None,
         "kept_fraction": round(budgets.kept_fraction, 6),
         "head_kept_fraction": {"min": float(np.nanmin(fractions)), "max": float(np.nanmax(fractions))},
-        "error": float(calibration.errors[budgets.stored_layers()].mean()) if calibration else None,
+        "error": mean(calibration.errors) if calibration else None,
+        "bound": mean(calibration.bounds) if calibration and calibration.bounds is not None else None,
         "tokens": calibration.tokens if calibration else None,
         "text_sha256": calibration.text_sha256 if calibration else None,
         "seed": calibration.seed if calibration else None,
@@ -50,8 +55,10 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 @click.command("embed-budgets")
 @model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here.  [default: MODEL itself, in place]")
-@click.option("--keep", type=Number(0.0, 1.0, above=True), default=0.39, show_default=True,
-              help="Mean share of the evicted region's tokens that heads keep.")  # fmt: skip
+@click.option("--keep", type=Number(0.0, 1.0, above=True),
+              help="Mean share of the evicted region's tokens that heads keep.  [default: 0.39]")  # fmt: skip
+@click.option("--max-error", type=Number(0.0, above=True),
+              help="Largest relative error of any head's output, such as 0.1. Without --keep every head keeps as little as that allows.")  # fmt: skip
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
               help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
 @click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")
@@ -63,7 +70,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 def embed_budgets(
     model: Path,
     output: Path | None,
-    keep: float,
+    keep: float | None,
+    max_error: float | None,
     texts: tuple[Path, ...],
     tokens: int | None,
     seed: int,
@@ -92,7 +100,7 @@ def embed_budgets(
     logs.take_over(llama.load(), verbose)
     with progress_bar() as advance:
         budgets = calib.calibrate(
-            model, keep=keep, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
+            model, keep=keep, max_error=max_error, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
         )
         if not dry_run:
             gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))

@@ -25,9 +25,10 @@ RAMP = ("#0d0887", "#46039f", "#7201a8", "#9c179e", "#bd3786", "#d8576b", "#ed79
 
 
 def describe(budgets: Budgets, shape: ModelShape) -> dict[str, Any]:
-    """The JSON shape of `inspect --json`. error is null in files without calibration figures; bytes are for f16."""
+    """The JSON shape of `inspect --json`. error and bound are null in files that do not say; bytes are for f16."""
     fractions = budgets.head_kept_fraction()
     errors = budgets.calibration.errors if budgets.calibration else None
+    bounds = budgets.calibration.bounds if budgets.calibration else None
     kv_bytes = {}
     for n_ctx in CONTEXTS:
         tca, dense = budgets.kv_bytes(shape.head_dim_k, shape.head_dim_v, n_ctx)
@@ -45,6 +46,7 @@ def describe(budgets: Budgets, shape: ModelShape) -> dict[str, Any]:
                 "head": head,
                 "kept_fraction": float(fractions[layer, head]),
                 "error": float(errors[layer, head]) if errors is not None else None,
+                "bound": float(bounds[layer, head]) if bounds is not None else None,
             }
             for layer in budgets.stored_layers()
             for head in range(shape.n_head_kv)
@@ -104,6 +106,9 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
         top = max(float(calibration.errors.max()), 1e-9)
         errors = heat_map(calibration.errors, layers, "error of the attention output, %", top, console.width)
         lines = side_by_side(lines, errors, console.width)
+        if calibration.bounds is not None:
+            top = max(float(calibration.bounds.max()), 1e-9)
+            lines = side_by_side(lines, heat_map(calibration.bounds, "bound on that error, %", top, console.width), console.width)
     for line in lines:
         console.print(line, no_wrap=True, overflow="crop")
     console.print()

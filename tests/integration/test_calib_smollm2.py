@@ -66,17 +66,19 @@ def test_the_runtime_keeps_what_calibration_evaluated(model, embedded, measured)
     """Layer 0's keys do not depend on eviction: its slots must be the visible set of the last token."""
     budgets = gguf_file.read_budgets(embedded)
     layout = Layout()
-    keys = {}
+    keys, sizes = {}, []
 
     def on_layer(qkv):
         if qkv.layer == 0:
+            sizes.append((qkv.n_tokens, qkv.n_kv))
             keys[0] = qkv.k.copy()
 
     capture = native.Capture(on_layer)
-    with Session(model, 2048, n_ubatch=2048, overrides={"tca.enabled": False}, capture=capture) as session:
+    with Session(model, 2048, n_ubatch=600, overrides={"tca.enabled": False}, capture=capture) as session:
         tokens = make_haystack(session.tokenize, 1600, seed=1).tokens
         rope = native.context_rope(session.address, 0)
         session.decode(tokens)
+    assert sizes == [(600, 600), (600, 1200), (400, 1600)]  # the cache's padding is not handed over
     with Session(embedded, 2048, n_ubatch=100) as session:  # micro-batches that do not match the groups
         session.decode(tokens)
         assert native.context_sequence(session.address, 0) == (1600, 2)

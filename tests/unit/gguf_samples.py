@@ -17,7 +17,7 @@ def make_budgets(seed: int = 0, n_layer: int = N_LAYER, n_head_kv: int = N_HEAD_
     configs = np.array([[32, 0, 0, 0, 0], [16, 8, 4, 2, 2], [0, 8, 8, 8, 8], [0, 0, 0, 0, 32]], np.int32)
     head_config = rng.integers(-1, len(configs), (n_layer, n_head_kv), dtype=np.int32)
     errors = rng.random((n_layer, n_head_kv)).astype(np.float32)
-    calibration = Calibration(6000, "ab" * 32, float(np.float32(0.39)), seed, errors) if calibrated else None
+    calibration = Calibration(6000, "ab" * 32, float(np.float32(0.39)), seed, errors, 4 * errors) if calibrated else None
     budgets = Budgets(1, 16, 512, 496, 16, "key-diff", (1, 2, 4, 8, 16), configs, head_config, 0.0, True, calibration)
     kept = float(np.float32(budgets.head_kept_fraction().mean()))
     return Budgets(1, 16, 512, 496, 16, "key-diff", (1, 2, 4, 8, 16), configs, head_config, kept, True, calibration)
@@ -35,7 +35,7 @@ def same_budgets(a: Budgets, b: Budgets) -> bool:
         return True
     one, two = a.calibration, b.calibration
     return (one.tokens, one.text_sha256, one.target, one.seed) == (two.tokens, two.text_sha256, two.target, two.seed) and bool(
-        np.array_equal(one.errors, two.errors)
+        np.array_equal(one.errors, two.errors) and np.array_equal(one.bounds, two.bounds)
     )
 
 

@@ -73,6 +73,43 @@ def test_other_keep_counts(keep):
         np.testing.assert_allclose(got.dropped[c], dropped, atol=2e-6)
 
 
+@given(
+    seed=st.integers(0, 2**32 - 1), sharp=st.sampled_from([0.2, 1.0, 6.0, 30.0]), shift=st.sampled_from([0.0, 3.0, 100.0]),
+    outlier=st.integers(0, 89), size=st.sampled_from([1.0, 50.0]), dv=st.sampled_from([1, 6]),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_the_error_never_exceeds_its_bound(seed, sharp, shift, outlier, size, dv):
+    """The error of the definition, in float64, for every configuration, query and head; values with outliers and far means."""
+    q, k, v = example(seed, dv=dv, sharp=sharp)
+    v += np.float32(shift)
+    v[outlier] *= np.float32(size)
+    queries = np.array([31, 32, 48, 64, 89])
+    orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
+    configs = config_grid(LAYOUT.n_blocks, KEEP)[::5]
+    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, configs)
+    for c, counts in enumerate(configs):
+        error, dropped = naive(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, counts)
+        # what float32 adds: the mass is known to 1e-6, and the error of an output near zero is large in relation to it
+        slack = 1e-5 * (1 + got.bound[c] / np.maximum(dropped, 1e-5))
+        assert (error <= got.bound[c] + slack).all(), (c, (error - got.bound[c]).max())
+    assert got.bound[:, :, 0].max() == 0  # nothing is evicted yet
+
+
+def test_the_bound_is_within_a_factor_of_two():
+    """Opposite values, a third of the mass dropped: the error is 2/3 of a value's length, and the bound says no more than twice that."""
+    n, target = 33, 4 + 15
+    q, k, v = np.zeros((1, n, 8), np.float32), np.zeros((n, 8), np.float32), np.full((n, 1), 1.0, np.float32)
+    q[0, 32, 0] = 1.0
+    k[[0, 1, target], 0] = 60.0  # two sinks and the last token of the group share all attention
+    v[target] = -1.0
+    scores = np.ones(16, np.float32)
+    scores[15] = 0
+    got = head_errors(q[:, [32]], np.array([32]), k, v, 1.0, 0.0, LAYOUT, [order_group(scores, 4)], KEEP, np.array([[0, 4, 0]]))
+    error, bound = got.error[0, 0, 0] / 3, got.bound[0, 0, 0] / 3  # ||o|| is 1/3
+    assert got.dropped[0, 0, 0] == pytest.approx(1 / 3, abs=1e-5) and error == pytest.approx(2 / 3, abs=1e-5)
+    assert error <= bound <= 2 * error
+
+
 def test_a_lost_needle_is_an_error_of_one():
     # one key aligned with the query carries everything; the configuration that drops it loses all of the output
     q, k, v = example(1, n_rep=1)

@@ -28,7 +28,7 @@ def measurement(seed=0, kinds=KINDS):
     falling = 1 - kept_per_group(configs, KEEP) / LAYOUT.group_size
     level = rng.random((len(kinds), 5, 2, 1)) ** 3
     error = level * falling * (1 + 0.1 * rng.random((len(kinds), 5, 2, len(configs))))
-    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, 100, "00" * 32)
+    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, error * 3, 100, "00" * 32)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.39, 0.6, 1.0])
@@ -64,8 +64,28 @@ def test_a_kind_without_queries_is_left_out():
 
 
 def test_max_error_caps_every_head():
-    budgets = choose_budgets(measurement(), 1.0, max_error=0.05)
-    assert budgets.calibration.errors.max() <= 0.05
+    m = measurement()
+    both = choose_budgets(m, 0.9, max_error=0.05)
+    assert both.calibration.errors.max() <= 0.05 and both.calibration.target == 0.9
+    alone = choose_budgets(m, max_error=0.05)
+    assert alone.calibration.errors.max() <= 0.05
+    # nothing sparser would do: the next smaller configuration of every head is above the cap
+    kept = kept_per_group(m.configs, KEEP) / LAYOUT.group_size
+    for index, fraction in np.ndenumerate(alone.head_kept_fraction()):
+        sparser = m.head_error()[index][kept < fraction - 1e-9]
+        assert (sparser > 0.05).all()
+    assert alone.kept_fraction == pytest.approx(alone.head_kept_fraction().mean()) == pytest.approx(alone.calibration.target)
+    assert choose_budgets(m, max_error=0.5).kept_fraction < alone.kept_fraction
+    with pytest.raises(TcaError, match="max_error"):
+        choose_budgets(m, 0.3, max_error=0.001)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(TcaError, match="above 0"):
+            choose_budgets(m, max_error=bad)
+
+
+def test_bounds_belong_to_the_chosen_configurations():
+    budgets = choose_budgets(measurement(), 0.4)
+    np.testing.assert_allclose(budgets.calibration.bounds, 3 * budgets.calibration.errors, rtol=1e-6)
 
 
 class FakeSession:

@@ -66,6 +66,8 @@ WRONG_USAGE = [
     (["embed-budgets", "m.gguf", "--keep", "1.5"], "1.5 must be above 0 and at most 1"),
     (["embed-budgets", "m.gguf", "--keep", "nan"], "nan must be above 0"),
     (["embed-budgets", "m.gguf", "--keep", "lots"], "'lots' is not a number"),
+    (["embed-budgets", "m.gguf", "--max-error", "0"], "0 must be above 0"),
+    (["embed-budgets", "m.gguf", "--max-error", "nan"], "nan must be"),
     (["embed-budgets", "m.gguf", "--tokens", "-3"], "-3 must be at least 1"),
     (["embed-budgets", "m.gguf", "--tokens", "1.5"], "'1.5' is not a whole number"),
     (["embed-budgets", "m.gguf", "--seed", "4294967296"], "at most 4294967295"),
@@ -180,8 +182,8 @@ def test_embed_in_place(plain, calibrated):
     assert result.exit_code == 0, result.output
     assert f"budgets written to {plain}" in result.stdout and "KV cache of 4096 tokens" in result.stdout
     call = calibrated[0]
-    assert (call["path"], call["keep"], call["texts"], call["tokens"], call["seed"], call["n_threads"]) == (
-        Path(plain), 0.25, None, None, 3, 2
+    assert (call["path"], call["keep"], call["max_error"], call["texts"], call["tokens"], call["seed"], call["n_threads"]) == (
+        Path(plain), 0.25, None, None, None, 3, 2
     )  # fmt: skip
     assert same_budgets(gguf_file.read_budgets(plain), make_budgets(5))
     assert run("strip-budgets", plain).stdout == f"budgets removed from {plain}\n"
@@ -199,6 +201,8 @@ def test_embed_elsewhere_and_dry_run(plain, calibrated, tmp_path):
     assert info["written"] == str(target) and info["kept_fraction"] == pytest.approx(make_budgets(5).kept_fraction, abs=1e-6)
     assert set(info["kv_bytes"]["4096"]) == {"dense", "tca"}
     assert calibrated[1]["texts"] == ["Some prose.", "Some prose."] and calibrated[1]["tokens"] == 99
+    assert run("embed-budgets", plain, "--dry-run", "--max-error", "0.1").exit_code == 0
+    assert calibrated[2]["keep"] is None and calibrated[2]["max_error"] == 0.1
     assert Path(plain).read_bytes() == original
     assert same_budgets(gguf_file.read_budgets(target), make_budgets(5))
     result = run("strip-budgets", str(target), "-o", str(tmp_path / "stripped.gguf"), "--json")
@@ -213,9 +217,10 @@ def test_inspect_json_shape(embedded):
     fractions, errors = budgets.head_kept_fraction(), budgets.calibration.errors
     assert len(info["heads"]) == N_LAYER * N_HEAD_KV
     for head in info["heads"]:
-        assert list(head) == ["layer", "head", "kept_fraction", "error"]
+        assert list(head) == ["layer", "head", "kept_fraction", "error", "bound"]
         assert head["kept_fraction"] == fractions[head["layer"], head["head"]]
         assert head["error"] == pytest.approx(float(errors[head["layer"], head["head"]]))
+        assert head["bound"] == pytest.approx(float(budgets.calibration.bounds[head["layer"], head["head"]]))
     assert list(info["kv_bytes"]) == ["8192", "32768", "131072"]
     for n_ctx, kv in info["kv_bytes"].items():
         assert kv["dense"] == int(n_ctx) * N_LAYER * N_HEAD_KV * (8 + 8) * 2
@@ -226,8 +231,9 @@ def test_inspect_without_calibration_has_null_errors(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     gguf_file.embed_budgets(path, path, make_budgets(calibrated=False))
     info = json.loads(run("inspect", str(path), "--json").stdout)
-    assert {head["error"] for head in info["heads"]} == {None}
-    assert "error of the attention output" not in run("inspect", str(path)).stdout
+    assert {head["error"] for head in info["heads"]} == {head["bound"] for head in info["heads"]} == {None}
+    shown = run("inspect", str(path)).stdout
+    assert "error of the attention output" not in shown and "bound on that error" not in shown
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "160"])
@@ -239,6 +245,7 @@ def test_inspect_heat_map(embedded, monkeypatch, columns):
     assert max(map(len, lines)) <= int(columns)
     text = result.stdout
     assert "kept, % of a head's evicted" in text and "128K" in text and "calibrated on 6000 tokens" in text
+    assert "error of the attention output" in text and "bound on that error" in text
     first = next(line for line in lines if re.match(r" +0 ", line))
     kept = make_budgets().head_kept_fraction()[0]
     numbers = [float(number) for number in first.split()[1 : 1 + N_HEAD_KV]]

@@ -83,6 +83,7 @@ def test_key_types_are_those_of_the_format(tmp_path):
         "tca.calibration.target": ("FLOAT32",),
         "tca.calibration.seed": ("UINT32",),
         "tca.calibration.error": ("ARRAY", "FLOAT32"),
+        "tca.calibration.bound": ("ARRAY", "FLOAT32"),
     }
 
 
@@ -167,14 +168,16 @@ def good_keys() -> dict[str, tuple]:
         "tca.calibration.target": (0.39, F32),
         "tca.calibration.seed": (0, U32),
         "tca.calibration.error": ([0.0] * (N_LAYER * N_HEAD_KV), ARRAY, F32),
+        "tca.calibration.bound": ([1.0] * (N_LAYER * N_HEAD_KV), ARRAY, F32),
     }
 
 
 def test_the_good_keys_are_good(tmp_path):
     assert read_budgets(write_gguf(tmp_path / "m.gguf", extra=good_keys())).n_layer == N_LAYER
     keys = good_keys()
-    del keys["tca.enabled"]
-    assert read_budgets(write_gguf(tmp_path / "n.gguf", extra=keys)).enabled is True
+    del keys["tca.enabled"], keys["tca.calibration.bound"]
+    budgets = read_budgets(write_gguf(tmp_path / "n.gguf", extra=keys))
+    assert budgets.enabled is True and budgets.calibration.bounds is None
 
 
 HOSTILE = [
@@ -240,6 +243,9 @@ HOSTILE = [
     ("tca.calibration.error", None),
     ("tca.calibration.error", ([0.1], ARRAY, F32)),
     ("tca.calibration.error", ([float("nan")] * (N_LAYER * N_HEAD_KV), ARRAY, F32)),
+    ("tca.calibration.bound", ([0.1], ARRAY, F32)),
+    ("tca.calibration.bound", ([1] * (N_LAYER * N_HEAD_KV), ARRAY, I32)),
+    ("tca.calibration.bound", ([float("inf")] * (N_LAYER * N_HEAD_KV), ARRAY, F32)),
 ]
 
 
