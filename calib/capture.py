@@ -26,8 +26,8 @@ def run_capture(
     text: CalibrationText,
     metric: str,
     progress: Progress | None = None,
-) -> None:
-    """Fills ``table`` from one forward pass.
+) -> list[int]:
+    """Fills ``table`` from one forward pass. Returns the layers that it evaluated: those with full attention.
 
     session_for(capture) -> a `runtime.Session` with room for the text, the stock cache and the capture in place.
     progress(done, total, label) is called after each layer of each micro-batch.
@@ -40,6 +40,8 @@ def run_capture(
 
     def on_layer(qkv: Any) -> None:
         nonlocal done
+        if qkv.layer not in ropes:
+            return
         if qkv.n_kv != start + qkv.n_tokens:
             raise TcaError(f"layer {qkv.layer}: captured {qkv.n_kv} keys where {start + qkv.n_tokens} were expected; "
                            "this architecture's attention is not supported")  # fmt: skip
@@ -60,8 +62,9 @@ def run_capture(
 
     capture = native.Capture(on_layer)
     with session_for(capture) as session:
-        ropes = [native.context_rope(session.address, layer) for layer in range(table.n_layer)]
-        total = table.n_layer * -(-len(text.tokens) // session.n_batch)
+        full = [layer for layer in range(table.n_layer) if not native.layer_slides(session.address, layer)]
+        ropes = {layer: native.context_rope(session.address, layer) for layer in full}
+        total = len(full) * -(-len(text.tokens) // session.n_batch)
         for start in range(0, len(text.tokens), session.n_batch):
             try:
                 session.decode(text.tokens[start : start + session.n_batch])
@@ -72,3 +75,4 @@ def run_capture(
     if done != total:
         raise TcaError(f"only {done} of {total} attention layers were captured; "
                        "this architecture does not use the plain attention path")  # fmt: skip
+    return full

@@ -35,7 +35,8 @@ class Measurement:
     """What one forward pass measured; every budget for this model and text follows from it.
 
     error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error, dropped attention mass,
-    and the bound on the error that follows from it.
+    and the bound on the error that follows from it. full: the layers with full attention; the others, whose attention slides
+    over a window, get no budget.
     """
 
     layout: Layout
@@ -49,6 +50,7 @@ class Measurement:
     bound: np.ndarray
     n_tokens: int
     text_sha256: str
+    full: tuple[int, ...]
 
     def combined(self) -> np.ndarray:
         """What allocation minimises, [n_layer, n_head_kv, n_configs]: the kinds' errors on one scale, averaged."""
@@ -106,9 +108,9 @@ def measure(
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
         return Session(model_path, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, overrides=stock, capture=capture)
 
-    run_capture(session_for, table, text, metric, progress)
+    full = run_capture(session_for, table, text, metric, progress)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
-                       table.mean_bound(), len(text.tokens), text.sha256)  # fmt: skip
+                       table.mean_bound(), len(text.tokens), text.sha256, tuple(full))  # fmt: skip
 
 
 def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None) -> Budgets:
@@ -118,29 +120,32 @@ def choose_budgets(m: Measurement, keep: float | None = None, max_error: float |
     max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
     paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
     """
-    from tca_gguf.budgets import Budgets, Calibration
+    from tca_gguf.budgets import SLIDING, Budgets, Calibration
 
     kept = kept_per_group(m.configs, m.keep_counts)
     n_layer, n_head_kv, n_configs = m.combined().shape
-    errors = m.head_error().reshape(-1, n_configs)
+    full = list(m.full)
+    errors = m.head_error()[full].reshape(-1, n_configs)
     if max_error is not None and not max_error > 0:
         raise TcaError(f"max_error is {max_error}; it must be above 0")
     if keep is None and max_error is not None:
         choice = sparsest_within(errors, kept, max_error).tolist()
     else:
         keep = DEFAULT_KEEP if keep is None else keep
-        choice = allocate(m.combined().reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error).choice.tolist()
+        choice = allocate(m.combined()[full].reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error).choice.tolist()
 
     # only the configurations in use go into the file
     rows = sorted(set(choice) - {DENSE})
     renumber = {DENSE: DENSE, **{row: i for i, row in enumerate(rows)}}
-    head_config = np.array([renumber[c] for c in choice], dtype=np.int32).reshape(n_layer, n_head_kv)
+    head_config = np.full((n_layer, n_head_kv), SLIDING, dtype=np.int32)
+    head_config[full] = np.array([renumber[c] for c in choice]).reshape(-1, n_head_kv)
     kept_fraction = float(np.append(kept / m.layout.group_size, 1.0)[choice].mean())
 
     def per_head(values: np.ndarray) -> np.ndarray:
-        flat = values.reshape(-1, n_configs)
-        chosen = np.array([0.0 if c == DENSE else flat[h, c] for h, c in enumerate(choice)], dtype=np.float32)
-        return chosen.reshape(n_layer, n_head_kv)
+        flat = values[full].reshape(-1, n_configs)
+        chosen = np.zeros((n_layer, n_head_kv), dtype=np.float32)
+        chosen[full] = np.array([0.0 if c == DENSE else flat[h, c] for h, c in enumerate(choice)]).reshape(-1, n_head_kv)
+        return chosen
 
     return Budgets(
         version=1,

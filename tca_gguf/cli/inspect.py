@@ -108,7 +108,7 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
         lines = side_by_side(lines, errors, console.width)
         if calibration.bounds is not None:
             top = max(float(calibration.bounds.max()), 1e-9)
-            lines = side_by_side(lines, heat_map(calibration.bounds, "bound on that error, %", top, console.width), console.width)
+            lines = side_by_side(lines, heat_map(calibration.bounds, layers, "bound on that error, %", top, console.width), console.width)
     for line in lines:
         console.print(line, no_wrap=True, overflow="crop")
     console.print()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference_select import importance
 
+from tca_gguf.budgets import SLIDING
 from tca_gguf.calib.capture import run_capture
 from tca_gguf.calib.configs import config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
@@ -19,16 +20,17 @@ from tca_gguf.errors import TcaError
 LAYOUT = Layout(block_size=4, group_size=16, window=12, sinks=4)
 KEEP = (1, 2, 4)
 N_LAYER, N_HEAD, N_HEAD_KV, DIM = 3, 4, 2, 8
+SLIDING_LAYERS = ()
 
 
-def measurement(seed=0, kinds=KINDS):
+def measurement(seed=0, kinds=KINDS, full=tuple(range(5))):
     """Errors that fall with the kept tokens, at a level of their own for every head and kind."""
     rng = np.random.default_rng(seed)
     configs = config_grid(LAYOUT.n_blocks, KEEP)
     falling = 1 - kept_per_group(configs, KEEP) / LAYOUT.group_size
     level = rng.random((len(kinds), 5, 2, 1)) ** 3
     error = level * falling * (1 + 0.1 * rng.random((len(kinds), 5, 2, len(configs))))
-    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, error * 3, 100, "00" * 32)
+    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, error * 3, 100, "00" * 32, full)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.39, 0.6, 1.0])
@@ -125,6 +127,7 @@ def fake_native(monkeypatch):
     native = types.ModuleType("tca_gguf.native")
     native.Capture = lambda fn: SimpleNamespace(callback=fn, error=None)
     native.context_rope = lambda address, layer: None
+    native.layer_slides = lambda address, layer: layer in SLIDING_LAYERS
     native.select = lambda keys, positions, rope, *_, **__: (None, importance(keys.astype(np.float64)).astype(np.float32))
     import tca_gguf
 
@@ -148,6 +151,20 @@ def test_capture_visits_every_layer_and_reports_progress(fake_native):
     again = new_table()
     run_capture(FakeSession, again, TEXT, "key-diff")
     assert (again.mean_error() == table.mean_error()).all() and table.mean_error().min() >= 0
+
+
+def test_layers_that_slide_get_no_budget(fake_native, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SLIDING_LAYERS", (1,))
+    table, seen = new_table(), []
+    assert run_capture(FakeSession, table, TEXT, "key-diff", lambda *args: seen.append(args)) == [0, 2]
+    assert table.count.tolist() == [[3, 0, 3], [2, 0, 2]] and seen[-1][:2] == (8, 8)
+
+    m = measurement(full=(1, 4))
+    for budgets in (choose_budgets(m, 0.4), choose_budgets(m, max_error=0.05)):
+        assert budgets.stored_layers() == [1, 4] and (budgets.head_config[[0, 2, 3]] == SLIDING).all()
+        assert np.isnan(budgets.head_kept_fraction()[[0, 2, 3]]).all()
+        assert np.nanmean(budgets.head_kept_fraction()) == pytest.approx(budgets.kept_fraction)
+        assert (budgets.calibration.errors[[0, 2, 3]] == 0).all()
 
 
 def test_errors_in_the_callback_come_back_as_they_are(fake_native):
