@@ -8,7 +8,6 @@ configs        the log-Gaussian family of configurations
 evaluate       output error and dropped attention mass per head and configuration
 allocate       one configuration a head at a target mean kept fraction
 pipeline       all of it in order
-needles        retrieval of planted facts, dense and evicted
 """
 
 from __future__ import annotations

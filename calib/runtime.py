@@ -1,4 +1,4 @@
-"""A model and a context of the patched runtime, as calibration and the needle test need them: one sequence, plain decode."""
+"""A model and contexts of the patched runtime, as calibration and evaluation need them: one sequence, plain decode."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tca_gguf.errors import TcaError
+
+if TYPE_CHECKING:
+    from tca_gguf.budgets import Budgets
 
 
 def default_threads() -> int:
@@ -21,74 +24,48 @@ def default_threads() -> int:
     return max(1, os.cpu_count() or 1)
 
 
-class Session:
-    """Loads a model and makes a context for one sequence of at most ``n_ctx`` tokens.
+def _address(pointer: Any) -> int:
+    return int(pointer if isinstance(pointer, int) else ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+
+class Model:
+    """The weights and the tokenizer of a model; contexts are made from it with `Session`.
 
     overrides: GGUF keys to override at load, ``{"tca.enabled": False}`` for the stock cache.
-    capture: a `native.Capture`, called with each layer's attention inputs.
-    n_outputs: tokens of a batch whose logits are asked for at most; 1 saves a buffer of n_ubatch x n_vocab floats.
-    n_ctx 0: the context the model was trained with. Flash attention is on. Raises TcaError if loading fails.
+    Raises TcaError if loading fails.
     """
 
     def __init__(
         self,
-        model_path: str | os.PathLike[str],
-        n_ctx: int = 0,
+        path: str | os.PathLike[str],
         *,
-        n_ubatch: int = 512,
-        n_threads: int | None = None,
         overrides: Mapping[str, bool | int | float] | None = None,
-        capture: Any = None,
-        n_outputs: int = 1,
-        type_k: int | None = None,
-        type_v: int | None = None,
+        n_gpu_layers: int = 0,
     ) -> None:
         from tca_gguf import llama
 
         self._lib = lib = llama.load().llama_cpp  # the layer of plain ctypes functions
-        self.path = Path(model_path)
-        self._model = self._ctx = None
+        self.path = Path(path)
+        self.handle = None
         if not self.path.is_file():
             raise TcaError(f"{self.path}: no such file")
-        self._capture = capture  # its address is inside the context: it must outlive it
-        self._model_params(overrides or {})
-        self._model = lib.llama_model_load_from_file(str(self.path).encode(), self._mparams)
-        if not self._model:
-            self._model = None
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.kv_overrides = self._overrides = self._override_array(overrides or {})
+        self.handle = lib.llama_model_load_from_file(str(self.path).encode(), params)
+        if not self.handle:
+            self.handle = None
             raise TcaError(f"{self.path}: llama.cpp cannot load this model; its log says why")
-        self.vocab = lib.llama_model_get_vocab(self._model)
-        self.n_layer = int(lib.llama_model_n_layer(self._model))
-        self.n_head_kv = int(lib.llama_model_n_head_kv(self._model))
-        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.n_layer = int(lib.llama_model_n_layer(self.handle))
+        self.n_head_kv = int(lib.llama_model_n_head_kv(self.handle))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
 
-        params = lib.llama_context_default_params()
-        params.n_ctx = n_ctx or self.n_ctx_train
-        params.n_batch = params.n_ubatch = min(n_ubatch, params.n_ctx)
-        params.n_seq_max = 1
-        params.n_outputs_max = n_outputs
-        params.n_threads = params.n_threads_batch = n_threads or default_threads()
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        if type_k is not None:
-            params.type_k = type_k
-        if type_v is not None:
-            params.type_v = type_v
-        if capture is not None:
-            params.cb_eval = ctypes.cast(capture.eval_ptr, type(params.cb_eval))
-            params.cb_eval_user_data = capture.handle
-        self.n_batch = int(params.n_batch)
-        self._ctx = lib.llama_init_from_model(self._model, params)
-        if not self._ctx:
-            self._ctx = None
-            self.close()
-            raise TcaError(f"{self.path}: cannot create a context of {n_ctx} tokens; a smaller one needs less memory")
-        self._memory = lib.llama_get_memory(self._ctx)
-
-    def _model_params(self, overrides: Mapping[str, bool | int | float]) -> None:
+    def _override_array(self, overrides: Mapping[str, bool | int | float]) -> Any:
         lib = self._lib
-        self._mparams = lib.llama_model_default_params()
-        self._overrides = (lib.llama_model_kv_override * (len(overrides) + 1))()  # an empty key ends the array
-        for entry, (key, value) in zip(self._overrides, overrides.items(), strict=False):
+        array = (lib.llama_model_kv_override * (len(overrides) + 1))()  # an empty key ends the array
+        for entry, (key, value) in zip(array, overrides.items(), strict=False):
             entry.key = key.encode()
             if isinstance(value, bool):
                 entry.tag, entry.value.val_bool = lib.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
@@ -96,12 +73,13 @@ class Session:
                 entry.tag, entry.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
             else:
                 entry.tag, entry.value.val_f64 = lib.LLAMA_KV_OVERRIDE_TYPE_FLOAT, value
-        self._mparams.kv_overrides = self._overrides
+        return array
 
-    @property
-    def address(self) -> int:
-        """Address of the llama_context, as `native` takes it."""
-        return int(self._ctx if isinstance(self._ctx, int) else ctypes.cast(self._ctx, ctypes.c_void_p).value or 0)
+    def set_budgets(self, budgets: Budgets | None) -> None:
+        """Sessions opened from now on use these budgets in place of the file's; None: the stock cache."""
+        from tca_gguf import native
+
+        native.model_set_budgets(_address(self.handle), budgets)
 
     def tokenize(self, text: str, first: bool = False, special: bool = False) -> list[int]:
         """Token ids. first: with the tokens that start a sequence; special: control tokens in the text are recognised."""
@@ -113,13 +91,103 @@ class Session:
             raise TcaError(f"{self.path}: the tokenizer failed on {text[:40]!r}")
         return list(buffer[:n])
 
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for, control tokens as they are written."""
+        buffer = ctypes.create_string_buffer(256)
+        n = self._lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, True)
+        return buffer.raw[: max(n, 0)]
+
     def text(self, tokens: Sequence[int]) -> str:
-        parts = []
-        for token in tokens:
-            buffer = ctypes.create_string_buffer(256)
-            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, True)
-            parts.append(buffer.raw[: max(n, 0)])
-        return b"".join(parts).decode("utf-8", errors="replace")
+        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
+
+    def close(self) -> None:
+        if self.handle is not None:
+            self._lib.llama_model_free(self.handle)
+            self.handle = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Session:
+    """A context for one sequence of at most ``n_ctx`` tokens.
+
+    model: a `Model`, which stays open when the session is closed; or a path, loaded with ``overrides`` for this session.
+    capture: a `native.Capture`, called with each layer's attention inputs; it needs flash attention.
+    n_outputs: tokens of a batch whose logits are asked for at most; 1 saves a buffer of n_ubatch x n_vocab floats.
+    n_ctx 0: the context the model was trained with. type_k, type_v: ggml types of the cache (default f16); flash: flash
+    attention, which the ragged cache and quantized values need. Raises TcaError if loading fails.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | os.PathLike[str],
+        n_ctx: int = 0,
+        *,
+        n_ubatch: int = 512,
+        n_threads: int | None = None,
+        overrides: Mapping[str, bool | int | float] | None = None,
+        capture: Any = None,
+        n_outputs: int = 1,
+        type_k: int | None = None,
+        type_v: int | None = None,
+        flash: bool = True,
+    ) -> None:
+        self._ctx = None
+        self._owned = None if isinstance(model, Model) else Model(model, overrides=overrides)
+        self.model = model if isinstance(model, Model) else self._owned
+        self._lib = lib = self.model._lib
+        self._capture = capture  # its address is inside the context: it must outlive it
+
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx or self.n_ctx_train
+        params.n_batch = params.n_ubatch = min(n_ubatch, params.n_ctx)
+        params.n_seq_max = 1
+        params.n_outputs_max = n_outputs
+        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if type_k is not None:
+            params.type_k = type_k
+        if type_v is not None:
+            params.type_v = type_v
+        if capture is not None:
+            params.cb_eval = ctypes.cast(capture.eval_ptr, type(params.cb_eval))
+            params.cb_eval_user_data = capture.handle
+        self.n_batch = int(params.n_batch)
+        self._ctx = lib.llama_init_from_model(self.model.handle, params)
+        if not self._ctx:
+            self._ctx = None
+            self.close()
+            raise TcaError(f"{self.path}: cannot create a context of {n_ctx} tokens; a smaller one needs less memory")
+        self._memory = lib.llama_get_memory(self._ctx)
+        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
+
+    # what a session knows of its model
+    path = property(lambda self: self.model.path)
+    n_layer = property(lambda self: self.model.n_layer)
+    n_head_kv = property(lambda self: self.model.n_head_kv)
+    n_ctx_train = property(lambda self: self.model.n_ctx_train)
+    n_vocab = property(lambda self: self.model.n_vocab)
+
+    def tokenize(self, text: str, first: bool = False, special: bool = False) -> list[int]:
+        return self.model.tokenize(text, first, special)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.model.text(tokens)
+
+    def is_end(self, token: int) -> bool:
+        return self.model.is_end(token)
+
+    @property
+    def address(self) -> int:
+        """Address of the llama_context, as `native` takes it."""
+        return _address(self._ctx)
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Appends tokens to the sequence, in batches of n_batch."""
@@ -130,12 +198,28 @@ class Session:
             if status != 0:
                 raise TcaError(f"{self.path}: llama_decode failed with status {status} after {start} tokens")
 
+    def decode_logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
+        """Appends at most n_batch tokens; logits after those at the indices ``wanted``, float32 [len(wanted), n_vocab] (a copy)."""
+        lib, start = self._lib, self.length()
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = int(token), start + i, 1, 0
+                batch.logits[i] = False
+            for i in wanted:
+                batch.logits[i] = True
+            status = lib.llama_decode(self._ctx, batch)
+        finally:
+            lib.llama_batch_free(batch)
+        if status != 0:
+            raise TcaError(f"{self.path}: llama_decode failed with status {status} after {start} tokens")
+        rows = [np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, i), shape=(self.n_vocab,)).copy() for i in wanted]
+        return np.stack(rows) if rows else np.zeros((0, self.n_vocab), np.float32)
+
     def logits(self) -> np.ndarray:
         """Logits of the last token, float32 [n_vocab] (a copy)."""
         return np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._ctx, -1), shape=(self.n_vocab,)).copy()
-
-    def is_end(self, token: int) -> bool:
-        return bool(self._lib.llama_vocab_is_eog(self.vocab, token))
 
     def length(self) -> int:
         """Tokens in the sequence."""
@@ -166,9 +250,8 @@ class Session:
         if self._ctx is not None:
             self._lib.llama_free(self._ctx)
             self._ctx = None
-        if self._model is not None:
-            self._lib.llama_model_free(self._model)
-            self._model = None
+        if self._owned is not None:
+            self._owned.close()
 
     def __enter__(self) -> Session:
         return self

@@ -173,6 +173,22 @@ def plan_bytes(budgets: Budgets, head_dim_k: int, head_dim_v: int, type_k: int, 
     return int(out[0]), int(out[1])
 
 
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def model_set_budgets(model: int, budgets: Budgets | None) -> None:
+    """Contexts made from now on from the llama_model at this address use these budgets; None: the stock cache.
+
+    Contexts that exist keep the cache they have. TcaError, and nothing changed: budgets that do not fit the model, or an
+    architecture that cannot be served.
+    """
+    ffi, lib = _extension()
+    if not model:
+        raise TcaError("the model is closed: its address is 0")
+    struct, _alive = _budgets(budgets) if budgets is not None else (ffi.NULL, [])
+    check_status(lib.tca_model_set_budgets(ffi.cast("struct llama_model *", model), struct))
+
+
 # ---- a context -------------------------------------------------------------------------------------------------------
 
 

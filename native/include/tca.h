@@ -103,6 +103,13 @@ TCA_API int64_t tca_plan_groups(const struct tca_budgets * budgets, uint32_t n_t
 TCA_API tca_status tca_plan_bytes(const struct tca_budgets * budgets, uint32_t head_dim_k, uint32_t head_dim_v,
         int type_k, int type_v, uint32_t n_ctx, uint64_t * bytes_tca, uint64_t * bytes_dense);
 
+// ---- a model ---------------------------------------------------------------------------------------------------
+
+// Contexts made from `model` from now on use `budgets` (copied) in place of what the file says; NULL: the stock cache.
+// Contexts that exist keep the cache they have. The weights stay as they are, which is what comparing budgets needs.
+// TCA_ERR_BUDGETS, TCA_ERR_UNSUPPORTED: nothing is changed. Not to be called while a context is being made.
+TCA_API tca_status tca_model_set_budgets(struct llama_model * model, const struct tca_budgets * budgets);
+
 // ---- a context -------------------------------------------------------------------------------------------------
 
 struct tca_context_info {

@@ -11,6 +11,7 @@ from .chat import chat_command
 from .common import OneLineErrors
 from .demo import demo_command
 from .embed import embed_budgets, strip_budgets
+from .eval import eval_command
 from .execute import execute
 from .generate import generate_command
 from .inspect import inspect_command
@@ -43,6 +44,7 @@ for command in (
     generate_command,
     chat_command,
     bench_command,
+    eval_command,
     demo_command,
     execute,
 ):

@@ -179,6 +179,32 @@ class ChoiceList(click.ParamType):
         return words
 
 
+class NameList(click.ParamType):
+    """Words separated by commas; what they name is checked where they are used."""
+
+    name = "NAME,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(dict.fromkeys(word.strip() for word in str(value).split(",")))
+        if not all(words):
+            self.fail(f"{value!r} holds an empty name", param, ctx)
+        return words
+
+
+class FractionList(click.ParamType):
+    """Numbers above 0 and at most 1, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        one = Number(0.0, 1.0, above=True)
+        return tuple(dict.fromkeys(one.convert(part.strip(), param, ctx) for part in str(value).split(",")))
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,18 @@
 """Calibration on a real model: SmolLM2-135M-Instruct."""
 
+import random
+
 import numpy as np
 import pytest
 
 from tca_gguf import gguf_file, llama, logs, models, native
 from tca_gguf.calib import calibrate, choose_budgets, measure
-from tca_gguf.calib.needles import make_haystack, run_needles
 from tca_gguf.calib.runtime import Session
 from tca_gguf.calib.stream import Layout, order_group, visible
 from tca_gguf.calib.stream import kept_tokens as kept_of
 from tca_gguf.errors import TcaError
+from tca_gguf.eval import Settings, run
+from tca_gguf.eval.texts import plain_tokens, records
 
 pytestmark = pytest.mark.slow
 TOKENS = 2048
@@ -75,7 +78,7 @@ def test_the_runtime_keeps_what_calibration_evaluated(model, embedded, measured)
 
     capture = native.Capture(on_layer)
     with Session(model, 2048, n_ubatch=600, overrides={"tca.enabled": False}, capture=capture) as session:
-        tokens = make_haystack(session.tokenize, 1600, seed=1).tokens
+        tokens = plain_tokens(session.tokenize, 1600, records(), random.Random(1))
         rope = native.context_rope(session.address, 0)
         session.decode(tokens)
     assert sizes == [(600, 600), (600, 1200), (400, 1600)]  # the cache's padding is not handed over
@@ -96,19 +99,11 @@ def test_the_runtime_keeps_what_calibration_evaluated(model, embedded, measured)
             assert native.positions(session.address, 0, 0, head).tolist() == expected.tolist()
 
 
-def test_needles(embedded):
-    report = run_needles(embedded, n_tokens=1700, haystacks=1)
-    assert len(report.answers) == 8 and report.kv_tokens < 1100
-    dense = run_needles(embedded, n_tokens=1700, haystacks=1, dense=True)
-    assert dense.kv_tokens is None
-    # a model of this size confuses the eight codes; what it says must survive eviction, be it right or wrong
-    same = sum(a.text == b.text for a, b in zip(report.answers, dense.answers, strict=True))
-    assert same >= 6 and report.exact >= dense.exact - 1
-
-
-def test_needles_without_budgets_are_refused(model):
-    with pytest.raises(TcaError, match="embed-budgets"):
-        run_needles(model, n_tokens=1700, haystacks=1)
+def test_calibrated_budgets_keep_what_the_model_answers(embedded):
+    result = run(embedded, Settings(("needle",), (1536,), samples=16, text="records"))
+    row = result.rows[0]
+    assert (row["policy"], row["answers"]) == ("calibrated", 16) and row["evicted_tokens"] > 250
+    assert row["dense"] >= 0.75 and row["kept_correct"] >= row["dense_correct"] - 1
 
 
 def test_a_text_that_evicts_nothing_is_refused(model, tmp_path):

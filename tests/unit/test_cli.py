@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,12 @@ from tca_gguf.cli import cli
 from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
 from tca_gguf.errors import TcaError
+from tca_gguf.eval import Result, Settings
+from tca_gguf.eval.plot import depth_map
+from tca_gguf.eval.policies import Policy
+from tca_gguf.eval.suites.base import score_row
 
-COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "generate", "chat", "bench", "demo", "exec")
+COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "generate", "chat", "bench", "eval", "demo", "exec")
 
 
 def run(*args: str, text: str | None = None):
@@ -81,6 +86,12 @@ WRONG_USAGE = [
     (["bench", "m.gguf", "--kv-type", "f16,bf16"], "'bf16' is not one of f16, q8_0, q4_0"),
     (["bench", "m.gguf", "--repeat", "0"], "0 must be at least 1"),
     (["bench", "m.gguf", "--mode", "x"], "'x' is not one of"),
+    (["eval", "m.gguf", "--suite", "needle,nothing"], "'nothing' is not one of needle"),
+    (["eval", "m.gguf", "--lengths", "long"], "'long' is not a number of tokens"),
+    (["eval", "m.gguf", "--keep", "0.39,2"], "2 must be above 0 and at most 1"),
+    (["eval", "m.gguf", "--uniform", "0"], "0 must be above 0"),
+    (["eval", "m.gguf", "--samples", "0"], "0 must be at least 1"),
+    (["eval", "m.gguf", "--policy", "key-diff,"], "holds an empty name"),
     (["demo", "extra"], "unexpected extra argument"),
 ]
 
@@ -122,6 +133,16 @@ ERRORS = [
     (["bench", "none.gguf"], "none.gguf does not exist"),
     (["bench", "plain.gguf"], "carries no enabled budgets"),
     (["bench", "embedded.gguf", "--kv-type", "q8_0", "--fa", "off"], "only with flash attention"),
+    (["eval", "none.gguf"], "none.gguf does not exist"),
+    (["eval", "plain.gguf", "--lengths", "2048"], "carries no budgets; run embed-budgets"),
+    (["eval", "embedded.gguf", "--lengths", "8192"], "length 8192 is past the 4096 tokens"),
+    (["eval", "embedded.gguf", "--keep", "0.3", "--uniform", "0.3"], "exclude each other"),
+    (["eval", "embedded.gguf", "--policy", "no-metric"], "metric"),
+    (["eval", "embedded.gguf", "--policy", "dense-q8_0", "--kv-type", "q8_0"], "--kv-type belongs to the policies that evict"),
+    (["eval", "embedded.gguf", "--text", "none.txt"], "none.txt cannot be read: No such file or directory; or name one of reference, code, records"),
+    (["eval", "embedded.gguf", "--text", "latin1.txt"], "latin1.txt is not UTF-8"),
+    (["eval", "embedded.gguf", "--plot", "no/dir.png"], "no/dir.png cannot be written"),
+    (["eval", "embedded.gguf", "--plot", "picture.nope"], "picture.nope cannot be written"),
     (["exec", "llama-nothing"], "llama-nothing is not in"),
 ]
 
@@ -319,6 +340,77 @@ def test_bench(monkeypatch):
     assert seen[0] == bench_logic.Settings((4096, 16384), ("f16", "q8_0"), 5, 8, "depth", "both", 0, 0)
     table = run("bench", "m.gguf").stdout
     assert "1.50x" in table and "0.50x" in table and "fa=1" in table and "Test CPU" in table and "spread of one series 2%" in table
+
+
+def eval_result() -> Result:
+    policy = Policy("calibrated", "f16", make_budgets())
+    cache = {"kv_bytes": 400, "kv_bytes_dense": 1000, "cache_tokens": 3840, "evicted_tokens": 2000.0}
+    kld = {"suite": "kld", "length": 4096, "keep": 0.39, "policy": "calibrated", "kv_type": "f16", "samples": 1024, "dense": 1.0, "tca": 0.97,
+           "kept": 0.97, "mean_kl": 0.0074, "mean_kl_ci": (0.007, 0.008), "mean_kl_uniform": 0.0359, "kl_99": 0.1, "top1": 0.97, "ppl_dense": 8.5,
+           "ppl_tca": 8.4, **cache}  # fmt: skip
+    rows = [score_row("needle", 4096, policy, 4, [True] * 4, [True, True, True, False], **cache), kld,
+            score_row("turns", 4096, policy, 2, [False] * 2, [False] * 2, **cache, edited_reused=[3800], changed_reused=[0])]  # fmt: skip
+    answers = [{"suite": "needle", "length": 4096, "policy": "calibrated", "keep": 0.39, "depth": i / 4, "right": [i < 3]} for i in range(4)]
+    return Result({"cpu": "Test CPU"}, {"model": "m.gguf", "n_threads": 2}, rows, answers)
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    from tca_gguf import eval as eval_package
+
+    seen = []
+
+    def fake(path, settings, progress, verbose):
+        seen.append(settings)
+        progress(1, 2, "needle")
+        return eval_result()
+
+    monkeypatch.setattr(eval_package, "run", fake)
+    return seen
+
+
+def test_eval(evaluated):
+    result = run("eval", "m.gguf", "--suite", "needle,kld", "--lengths", "4K,8192", "--policy", "calibrated,key-diff", "--keep", "0.39,0.25",
+                 "--samples", "4", "--seed", "3", "--text", "code", "--kv-type", "q8_0", "--threads", "2", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    info = json.loads(result.stdout)
+    assert set(info) == {"hardware", "rows", "settings", "answers"}
+    for row in info["rows"]:
+        assert {"suite", "length", "keep", "policy", "samples", "dense", "tca", "kept"} <= set(row)
+    assert {"mean_kl", "mean_kl_uniform", "kl_99", "top1", "ppl_dense", "ppl_tca"} <= set(info["rows"][1])
+    assert evaluated == [Settings(("needle", "kld"), (4096, 8192), ("calibrated", "key-diff"), (0.39, 0.25), None, 4, 3, "code", "q8_0", 2, 0)]
+
+
+def test_eval_table(evaluated):
+    text = run("eval", "m.gguf").stdout
+    assert evaluated == [Settings()]
+    assert max(map(len, text.splitlines())) <= 80 and "Test CPU, 2 threads" in text
+    assert "75.0% (30%-95%)" in text and "0.0074 0.0359" in text and "8.500/8.400" in text and " 40%" in text
+    assert re.search(r"turns .* 0.0%  0.0% +-\s", text)  # nothing that could have been kept
+    assert "2000 of 3840 tokens evicted" in text and "an edit of the last turn 3800, after a change of an early fact 0" in " ".join(text.split())
+
+
+def test_eval_plot(evaluated, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    result = run("eval", "m.gguf", "--plot", str(picture))
+    assert result.exit_code == 0 and f"picture written to {picture}" in result.stdout.replace("\n", "")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_eval_shows_what_it_has(monkeypatch):
+    from tca_gguf import eval as eval_package
+
+    monkeypatch.setattr(eval_package, "run", lambda *_, **__: replace(eval_result(), interrupted=True))
+    result = run("eval", "m.gguf")
+    assert result.exit_code == 130 and "75.0%" in result.stdout and result.stderr.strip() == "error: interrupted"
+    assert len(json.loads(run("eval", "m.gguf", "--json").stdout)["rows"]) == 3
+
+
+def test_depth_map():
+    grid = depth_map(eval_result().answers, [4096])
+    assert grid.shape == (8, 1) and grid[[0, 2, 4], 0].tolist() == [1.0, 1.0, 1.0] and grid[6, 0] == 0.0
+    assert np.isnan(grid[[1, 3, 5, 7], 0]).all()
 
 
 @pytest.mark.parametrize(

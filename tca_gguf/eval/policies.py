@@ -1,0 +1,128 @@
+"""Policies by name: which tokens of the evicted region stay, at how many bytes.
+
+calibrated        the budgets of the file, or those that calibration finds at a kept fraction
+calibrated:NAME   calibrated for another metric
+NAME              a metric of tca.metric (key-diff, ...) under uniform budgets: the same configuration for every head
+NAME@R            the same at kept fraction R, whatever the others have
+PATH.gguf         the budgets that another file of the same model carries
+dense-q8_0, dense-q4_0   the stock cache with quantized keys and values: nothing is evicted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tca_gguf.budgets import FORMAT_VERSION, Budgets
+from tca_gguf.calib.configs import KEEP_COUNTS, integer_counts
+from tca_gguf.calib.stream import Layout
+from tca_gguf.errors import TcaError
+from tca_gguf.gguf_file import ModelShape, read_budgets
+
+CALIBRATED = "calibrated"
+DEFAULT_METRIC = "key-diff"
+DENSE_TYPES = {"dense-q8_0": "q8_0", "dense-q4_0": "q4_0"}
+SIGMA = 2.0  # of the uniform configuration: the best width for uniform budgets, so that the yardstick is a fair one
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One cache to evaluate. budgets None: the stock cache. keep: the mean kept fraction that the budgets really have."""
+
+    name: str
+    kv_type: str
+    budgets: Budgets | None = None
+
+    @property
+    def keep(self) -> float:
+        return 1.0 if self.budgets is None else float(self.budgets.head_kept_fraction().mean())
+
+
+DENSE = Policy("dense", "f16")
+
+
+def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEEP_COUNTS) -> np.ndarray:
+    """int32 [n_keep]: the row of the log-Gaussian family (width SIGMA) whose kept fraction is nearest ``keep``."""
+    rows = {integer_counts(mu, SIGMA, layout.n_blocks, keep_counts) for mu in np.arange(-16.0, 20.01, 0.02)}
+    kept = np.asarray(keep_counts)
+    return np.array(min(sorted(rows), key=lambda row: abs(float(kept @ np.array(row)) - keep * layout.group_size)), np.int32)
+
+
+def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout) -> Budgets:
+    """The same configuration for every head of a model. Raises TcaError if the runtime does not know the metric."""
+    keep_counts = tuple(2**i for i in range(layout.block_size.bit_length()) if 2**i <= layout.block_size)
+    row = uniform_config(keep, layout, keep_counts)
+    heads = np.zeros((shape.n_layer, shape.n_head_kv), np.int32)
+    fraction = float(np.asarray(keep_counts) @ row) / layout.group_size
+    budgets = Budgets(FORMAT_VERSION, layout.block_size, layout.group_size, layout.window, layout.sinks, metric, keep_counts,
+                      row[None, :], heads, fraction)  # fmt: skip
+    budgets.check()
+    return budgets
+
+
+def layout_of(budgets: Budgets | None) -> Layout:
+    """The sizes of a file's budgets, or the default ones."""
+    if budgets is None:
+        return Layout()
+    return Layout(budgets.block_size, budgets.group_size, budgets.window, budgets.sinks)
+
+
+def make_policies(
+    names: Sequence[str],
+    keeps: Sequence[float],
+    kv_type: str,
+    shape: ModelShape,
+    own: Budgets | None,
+    calibrate: Callable[[str, float], Budgets] | None,
+) -> list[Policy]:
+    """Every named policy at every kept fraction; those that have one of their own, once.
+
+    own: budgets of the file. keeps: empty for the file's own fraction. calibrate(metric, keep): called for ``calibrated`` if
+    fractions were asked for. kv_type: of the policies that evict. Raises TcaError.
+    """
+    layout = layout_of(own)
+    once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, layout)) is not None]
+    others = [name for name in names if fixed_policy(name, kv_type, shape, layout) is None]
+    if others and not keeps and own is None:
+        raise TcaError("the file carries no budgets; run embed-budgets on it first, or give --keep or --uniform")
+    policies = []
+    for keep in keeps or ([Policy(CALIBRATED, kv_type, own).keep] if own is not None else []):
+        for name in others:
+            base, _, metric = name.partition(":")
+            if base != CALIBRATED:
+                budgets = uniform_budgets(shape, name, keep, layout)
+            elif keeps and calibrate is not None:
+                budgets = calibrate(metric or (own.metric if own is not None else DEFAULT_METRIC), keep)
+            elif own is None or (metric and metric != own.metric):
+                raise TcaError(f"{name} needs --keep: " + ("the file carries no budgets" if own is None else f"the file was calibrated for {own.metric}"))
+            else:
+                budgets = own
+            policies.append(Policy(name, kv_type, budgets))
+    # the stock caches last
+    return policies + sorted(once, key=lambda policy: policy.budgets is None)
+
+
+def fixed_policy(name: str, kv_type: str, shape: ModelShape, layout: Layout) -> Policy | None:
+    """A policy whose kept fraction does not follow from the options; None for the others. Raises TcaError."""
+    if name in DENSE_TYPES:
+        return Policy(name, DENSE_TYPES[name])
+    if name.endswith(".gguf"):
+        budgets = read_budgets(name)
+        if budgets is None:
+            raise TcaError(f"{name} carries no budgets")
+        if budgets.head_config.shape != (shape.n_layer, shape.n_head_kv):
+            raise TcaError(f"{name} is another model: {budgets.n_layer} layers of {budgets.n_head_kv} KV heads, not {shape.n_layer} of {shape.n_head_kv}")
+        return Policy(Path(name).stem, kv_type, budgets)
+    metric, at, fraction = name.partition("@")
+    if not at:
+        return None
+    try:
+        keep = float(fraction)
+    except ValueError:
+        keep = 0.0
+    if not 0 < keep <= 1:
+        raise TcaError(f"policy {name}: what follows the @ must be a kept fraction above 0 and at most 1")
+    return Policy(metric, kv_type, uniform_budgets(shape, metric, keep, layout))

@@ -1,0 +1,129 @@
+"""kld: how far the next-token distribution moves from the dense model's on held-out text.
+
+All policies read the same text side by side with the dense model, so that no logits are stored. Positions in the second half
+of the window are scored, evenly spread: mean and 99% quantile of KL(dense || policy) in nats, top-1 agreement, perplexity of
+both. Because nothing looks ahead, one pass over the longest window serves all lengths. Uniform key-difference budgets at the
+same kept fraction always run along: they are the yardstick, `mean_kl_uniform`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tca_gguf.calib.texts import spread
+from tca_gguf.errors import TcaError
+
+from ..lab import Lab
+from ..policies import DEFAULT_METRIC, DENSE, Policy, layout_of, uniform_budgets
+from ..stats import mean_interval
+from ..texts import plain_tokens
+from .base import Row
+
+
+@dataclass
+class Series:
+    """What is known of each scored position, in order. kl: nats; agrees: the same most likely token; nll: of the text's token."""
+
+    kl: list[float] = field(default_factory=list)
+    agrees: list[bool] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64, of one row of logits."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """KL(p || q) in nats; what rounding takes below 0 is cut off, NaN stays NaN."""
+    value = float(np.exp(log_p) @ (log_p - log_q))
+    return 0.0 if value < 0 else value
+
+
+class Kld:
+    name = "kld"
+    samples = 1024  # positions
+
+    def cost(self, length: int, samples: int) -> int:
+        return length
+
+    def run(self, lab: Lab, samples: int) -> Iterator[Row]:
+        lengths = lab.settings.lengths
+        policies = list(lab.policies)
+        yardstick: dict[int, Policy] = {}
+        for i, policy in enumerate(lab.policies):
+            if policy.budgets is not None:
+                uniform = self.uniform(lab, policy)
+                same = [p for p in policies if p.name == uniform.name and p.kv_type == uniform.kv_type and p.keep == uniform.keep]
+                if not same:
+                    policies.append(uniform)
+                yardstick[i] = same[0] if same else uniform
+        scored = {length: spread(length // 2, length - 1, samples) for length in lengths}
+        wanted = np.unique(np.concatenate(list(scored.values())))
+        tokens = plain_tokens(lab.model.tokenize, max(lengths), lab.source, lab.rng(self.name))
+        evicted: dict[tuple[int, int], dict] = {}
+        series = [Series() for _ in policies]
+        dense = Series()
+        started = time.monotonic()
+        with ExitStack() as stack:
+            per_batch = max(int(((wanted >= at) & (wanted < at + 512)).sum()) for at in range(0, max(lengths), 512))
+            sessions = [stack.enter_context(lab.session(p, max(lengths), n_outputs=max(1, per_batch))) for p in (DENSE, *policies)]
+            # batches end where a length ends, so that its cache can be looked at
+            ends = sorted({*range(sessions[0].n_batch, max(lengths), sessions[0].n_batch), *lengths})
+            for start, end in zip([0, *ends], ends, strict=False):
+                at = wanted[(wanted >= start) & (wanted < end)]
+                truth = None
+                for i, session in enumerate(sessions):
+                    logits = session.decode_logits(tokens[start:end], (at - start).tolist())
+                    log_p = [log_softmax(row) for row in logits]
+                    nll = [-float(row[tokens[position + 1]]) for row, position in zip(log_p, at, strict=True)]
+                    if i == 0:
+                        truth = log_p
+                        dense.nll += nll
+                    else:
+                        series[i - 1].nll += nll
+                        series[i - 1].kl += [kl_divergence(p, q) for p, q in zip(truth, log_p, strict=True)]
+                        series[i - 1].agrees += [bool(p.argmax() == q.argmax()) for p, q in zip(truth, log_p, strict=True)]
+                        if end in lengths:
+                            evicted[i - 1, end] = lab.cache(session, policies[i - 1])
+                    lab.advance(end - start, f"{self.name} {end} of {max(lengths)} tokens")
+        seconds = round(time.monotonic() - started, 1)
+
+        for length in lengths:
+            mine = np.isin(wanted, scored[length])
+            means = {id(p): float(np.asarray(series[i].kl)[mine].mean()) for i, p in enumerate(policies)}
+            for i, policy in enumerate(lab.policies):
+                kl, agrees = np.asarray(series[i].kl)[mine], np.asarray(series[i].agrees)[mine]
+                if not np.isfinite(kl).all():
+                    raise TcaError(f"kld: policy {policy.name} gave logits that are not finite")
+                yield {
+                    "suite": self.name,
+                    "length": length,
+                    "keep": round(policy.keep, 4),
+                    "policy": policy.name,
+                    "kv_type": policy.kv_type,
+                    "samples": int(mine.sum()),
+                    "dense": 1.0,
+                    "tca": float(agrees.mean()),
+                    "kept": float(agrees.mean()),
+                    "mean_kl": float(kl.mean()),
+                    "mean_kl_ci": mean_interval(kl),
+                    "mean_kl_uniform": means[id(yardstick[i])] if i in yardstick else None,
+                    "kl_99": float(np.quantile(kl, 0.99)),
+                    "top1": float(agrees.mean()),
+                    "ppl_dense": float(np.exp(np.asarray(dense.nll)[mine].mean())),
+                    "ppl_tca": float(np.exp(np.asarray(series[i].nll)[mine].mean())),
+                    **evicted[i, length],
+                    "seconds": seconds,  # of the whole pass, all policies together
+                }
+
+    def uniform(self, lab: Lab, policy: Policy) -> Policy:
+        assert policy.budgets is not None
+        budgets = uniform_budgets(lab.shape, DEFAULT_METRIC, policy.keep, layout_of(policy.budgets))
+        return Policy(DEFAULT_METRIC, policy.kv_type, budgets)
