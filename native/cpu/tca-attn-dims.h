@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 namespace {
 
@@ -25,10 +24,10 @@ constexpr int dims_stride(int n_rows) {
 
 // Results of one chunk, and scratch that is reused from chunk to chunk.
 struct dims_state {
-    std::vector<float> q;                         // [head_dim_k/tca_dims::lanes, n_rows, tca_dims::lanes], scaled
-    std::vector<float> s;                         // [TCA_ATTN_CHUNK + padding, dims_stride(n_rows)]
-    std::vector<float> rows;                      // [DIMS_TILE, head_dim] of types that are not read directly
-    std::vector<float> o;                         // [n_rows, head_dim_v], unnormalised
+    tca_vector<float> q;                         // [head_dim_k/tca_dims::lanes, n_rows, tca_dims::keys, tca_dims::lanes], scaled
+    tca_vector<float> s;                         // [TCA_ATTN_CHUNK + padding, dims_stride(n_rows)]
+    tca_vector<float> rows;                      // [DIMS_TILE, head_dim] of types that are not read directly
+    tca_vector<float> o;                         // [n_rows, head_dim_v], unnormalised
     float m[DIMS_MAX_ROWS], l[DIMS_MAX_ROWS];     // maximum and sum of the softmax
 };
 
@@ -44,33 +43,49 @@ template <int R> constexpr int dims_keys()      { return dims_reductions<R>()*di
 
 // S of n_keys rows from k on, for R query rows. Writes it up to the next multiple of dims_keys<R>(); what stands behind n_keys
 // means nothing. `ahead`: as many rows that are needed later.
-template <typename READER, int R>
+template <typename READER, int R, int STEP>
 void dims_scores(const float * q, const char * k, size_t row_size, int n_keys, int64_t dk, float * s, const dims_ahead & ahead) {
     using D = tca_dims;
     constexpr int RP = dims_stride(R), P = dims_vectors<R>(), U = dims_reductions<R>(), KEYS = dims_keys<R>();
     for (int j = 0; j < n_keys; j += KEYS) {
+        tca_prefetch(ahead.rows + j*ahead.row_size, KEYS*ahead.row_size);
         const char * row[KEYS];
         for (int i = 0; i < KEYS; ++i) {
-            row[i] = k + std::min(j + i, n_keys - 1)*row_size;  // nothing behind the last row may be read
-            tca_prefetch(ahead.rows + (j + i)*ahead.row_size, ahead.row_size);
+            row[i] = k + (j + i)*row_size;
         }
-        typename D::type acc[U][P*RP];
-        for (int u = 0; u < U; ++u) {
-            for (int i = 0; i < P*RP; ++i) {
-                acc[u][i] = D::set1(0.0f);
-            }
+        for (int i = n_keys - j; i < KEYS; ++i) {
+            row[i] = row[0];  // nothing behind the last row may be read
         }
-        for (int64_t i = 0; i < dk; i += tca_full::lanes) {
+        typename D::type acc[U*P*RP];
+        for (typename D::type & x : acc) {
+            x = D::set1(0.0f);
+        }
+        const float * qi = q;
+        for (int64_t i = 0; i < dk; i += STEP*tca_full::lanes) {
+            typename D::type y[U*P][STEP][D::keys];
             for (int u = 0; u < U; ++u) {
                 for (int p = 0; p < P; ++p) {
-                    typename D::type x[D::keys], y[D::keys];
+                    typename D::type x[D::keys][STEP];
                     for (int h = 0; h < D::keys; ++h) {
-                        x[h] = READER::load(row[(u*D::keys + h)*P + p], i);
+                        READER::template load<STEP>(row[(u*D::keys + h)*P + p], i, x[h]);
                     }
-                    D::split(x, y);
-                    for (int h = 0; h < D::keys; ++h) {
-                        for (int r = 0; r < R; ++r) {
-                            acc[u][p*RP + r] = D::fma(acc[u][p*RP + r], y[h], D::repeat(q + i*R + (h*R + r)*D::lanes));
+                    for (int n = 0; n < STEP; ++n) {
+                        typename D::type keys[D::keys];
+                        for (int h = 0; h < D::keys; ++h) {
+                            keys[h] = x[h][n];
+                        }
+                        D::split(keys, y[u*P + p][n]);
+                    }
+                }
+            }
+            for (int n = 0; n < STEP; ++n) {
+                for (int h = 0; h < D::keys; ++h) {
+                    for (int r = 0; r < R; ++r) {
+                        typename D::type qr = D::load(qi);
+                        D::keep(qr);
+                        qi += tca_full::lanes;
+                        for (int up = 0; up < U*P; ++up) {
+                            acc[up*RP + r] = D::fma(acc[up*RP + r], y[up][n][h], qr);
                         }
                     }
                 }
@@ -78,7 +93,7 @@ void dims_scores(const float * q, const char * k, size_t row_size, int n_keys, i
         }
         for (int u = 0; u < U; ++u) {
             for (int i = 0; i < P*RP; i += D::lanes) {
-                D::store(s + (j + u*P*D::keys)*RP + i, D::reduce(acc[u] + i));
+                D::store(s + (j + u*P*D::keys)*RP + i, D::reduce(acc + u*P*RP + i));
             }
         }
     }
@@ -99,9 +114,7 @@ inline void dims_weigh(const float * p, const char * v, size_t row_size, int n_k
     for (int j = 0; j < n_keys; ++j) {
         tca_prefetch(ahead.rows + j*ahead.row_size, ahead.row_size);
         typename V::type x[N];
-        for (int n = 0; n < N; ++n) {
-            x[n] = READER::load(v + j*row_size, i + n*V::lanes);
-        }
+        READER::template load<N>(v + j*row_size, i, x);
         for (int r = 0; r < R; ++r) {
             const typename V::type weight = V::set1(p[j*RP + r]);
             for (int n = 0; n < N; ++n) {
@@ -182,7 +195,7 @@ inline void dims_softmax(float * s, int n, float * m, float * l) {
 // Calls f(first row, rows, row size, number of rows, reader) with rows in a form that the reader understands: where they lie, or
 // unpacked tile by tile.
 template <typename F>
-void dims_tiles(ggml_type type, const char * rows, size_t row_size, int n, int64_t dim, std::vector<float> & unpacked, F && f) {
+void dims_tiles(ggml_type type, const char * rows, size_t row_size, int n, int64_t dim, tca_vector<float> & unpacked, F && f) {
     const auto direct = [&](auto reader) {
         for (int j = 0; j < n; j += DIMS_TILE) {
             f(j, rows + j*row_size, row_size, std::min(DIMS_TILE, n - j), reader);
@@ -222,7 +235,7 @@ void dims_run(const tca_attn_args & a, const int32_t * d, int64_t r0, int64_t j0
     // V comes in while the scores are computed, the next chunk's K while V is worked on: memory is never idle
     dims_tiles(a.k->type, k, a.k->nb[1], n, dk, w.rows, [&](int j, const char * rows, size_t row_size, int n_tile, auto reader) {
         const dims_ahead ahead = { v + j*a.v->nb[1], a.v->nb[1] };
-        dims_scores<decltype(reader), R>(w.q.data(), rows, row_size, n_tile, dk, s + j*RP, ahead);
+        dims_scores<decltype(reader), R, decltype(reader)::step>(w.q.data(), rows, row_size, n_tile, dk, s + j*RP, ahead);
     });
 
     if (a.softcap != 0.0f) {
@@ -265,13 +278,16 @@ inline bool dims_serves(const tca_attn_args & a, int64_t n_rows) {
 void dims_attend(const tca_attn_args & a, const int32_t * d, int64_t head, int64_t r0, int n_rows, int64_t j0, int64_t j1, dims_state & w) {
     constexpr int lanes = tca_dims::lanes;
     const int64_t dk = a.k->ne[0], dv = a.v->ne[0];
-    w.q.resize(dk*n_rows);
+    w.q.resize(dk*n_rows*tca_dims::keys);
     w.s.resize((TCA_ATTN_CHUNK + DIMS_TILE)*DIMS_MAX_ROWS);
     w.o.resize(dv*n_rows);
     for (int r = 0; r < n_rows; ++r) {
         const float * src = a.query(d, head, r0 + r);
-        for (int64_t i = 0; i < dk; ++i) {
-            w.q[(i/lanes*n_rows + r)*lanes + i%lanes] = src[i]*a.scale;
+        for (int64_t i = 0; i < dk; i += lanes) {
+            float * to = &w.q[(i*n_rows + r*lanes)*tca_dims::keys];
+            for (int l = 0; l < tca_full::lanes; ++l) {
+                to[l] = src[i + l%lanes]*a.scale;
+            }
         }
     }
     switch (n_rows) {

@@ -68,18 +68,18 @@ void product(float * c, const float * a, size_t a_m, size_t a_k, int m_total, co
 struct panel {
     int n_rows = 0;
     int64_t min_visible = 0, max_visible = 0;
-    std::vector<float>   qt;       // [head_dim_k, PANEL_ROWS], scaled, zero in unused lanes
-    std::vector<float>   ot;       // [head_dim_v, PANEL_ROWS], unnormalised
-    std::vector<float>   m, l;     // [PANEL_ROWS] running maximum and sum
+    tca_vector<float>   qt;       // [head_dim_k, PANEL_ROWS], scaled, zero in unused lanes
+    tca_vector<float>   ot;       // [head_dim_v, PANEL_ROWS], unnormalised
+    tca_vector<float>   m, l;     // [PANEL_ROWS] running maximum and sum
     std::vector<int64_t> visible;  // [PANEL_ROWS] slots of the region that the row sees
 };
 
 struct scratch_t {
     panel              panels[MAX_PANELS];
-    std::vector<float> k;       // [TILE_KEYS, head_dim_k]
-    std::vector<float> v;       // [TILE_KEYS, head_dim_v]
-    std::vector<float> s;       // [TILE_KEYS, PANEL_ROWS]
-    std::vector<float> shrink;  // [PANEL_ROWS]
+    tca_vector<float> k;       // [TILE_KEYS, head_dim_k]
+    tca_vector<float> v;       // [TILE_KEYS, head_dim_v]
+    tca_vector<float> s;       // [TILE_KEYS, PANEL_ROWS]
+    tca_vector<float> shrink;  // [PANEL_ROWS]
 
     void resize(int64_t dk, int64_t dv) {
         for (panel & p : panels) {

@@ -45,41 +45,67 @@ static inline void tca_rows_from_f32(ggml_type type, const float * src, void * d
     ggml_get_type_traits_cpu(type)->from_float(src, dst, n);
 }
 
-// Reads rows in registers: load(row, i) is elements [i, i + tca_full::lanes), i a multiple of tca_full::lanes. f32 everywhere;
-// the other types where TCA_READS_ROWS is defined, else tca_rows_to_f32 unpacks them first.
+// Reads rows in registers: load<N>(row, i, x) is elements [i, i + N*tca_full::lanes) of a row, i a multiple of that. `step` is the
+// N to read a row with where registers allow it. f32 everywhere; the other types where TCA_READS_ROWS is defined, else
+// tca_rows_to_f32 unpacks them first.
 template <ggml_type type> struct tca_row_reader;
 
 template <> struct tca_row_reader<GGML_TYPE_F32> {
-    static inline tca_full::type load(const char * row, int64_t i) { return tca_full::load((const float *) row + i); }
+    static constexpr int step = 1;
+
+    template <int N> static inline void load(const char * row, int64_t i, tca_full::type x[N]) {
+        for (int n = 0; n < N; ++n) {
+            x[n] = tca_full::load((const float *) row + i + n*tca_full::lanes);
+        }
+    }
 };
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #    define TCA_READS_ROWS
+
 template <> struct tca_row_reader<GGML_TYPE_F16> {
-    static inline __m512 load(const char * row, int64_t i) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (row + 2*i))); }
+    static constexpr int step = 1;
+
+    template <int N> static inline void load(const char * row, int64_t i, __m512 x[N]) {
+        for (int n = 0; n < N; ++n) {
+            x[n] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (row + 2*i) + n));
+        }
+    }
 };
 
 template <> struct tca_row_reader<GGML_TYPE_BF16> {
-    static inline __m512 load(const char * row, int64_t i) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) (row + 2*i))), 16));
+    static constexpr int step = 1;
+
+    template <int N> static inline void load(const char * row, int64_t i, __m512 x[N]) {
+        for (int n = 0; n < N; ++n) {
+            const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) (row + 2*i) + n));
+            x[n] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+        }
     }
 };
 
-template <> struct tca_row_reader<GGML_TYPE_Q8_0> {
-    static inline __m512 load(const char * row, int64_t i) {
-        const block_q8_0 & b = ((const block_q8_0 *) row)[i/QK8_0];
-        const __m512i x = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (b.qs + i%QK8_0)));
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(b.d)));
-    }
-};
+// Blocks of 32 make two vectors, which share the scale. half(b, h): the integers of vector h.
+template <typename BLOCK> struct tca_block_reader {
+    static constexpr int step = 2;
 
-template <> struct tca_row_reader<GGML_TYPE_Q4_0> {
-    static inline __m512 load(const char * row, int64_t i) {
-        // the low nibbles of a block are its first 16 elements
-        const block_q4_0 & b = ((const block_q4_0 *) row)[i/QK4_0];
-        const __m128i x = _mm_srl_epi16(_mm_loadu_si128((const __m128i *) b.qs), _mm_cvtsi32_si128(i%QK4_0/4));
-        const __m512i y = _mm512_cvtepi8_epi32(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(0x0f)), _mm_set1_epi8(8)));
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(b.d)));
+    template <int N> static inline void load(const char * row, int64_t i, __m512 x[N]) {
+        const BLOCK * b = (const BLOCK *) row + i/32;
+        for (int n = 0; n < N; n += 2) {
+            const __m512 scale = _mm512_cvtph_ps(_mm256_set1_epi16(b[n/2].d));
+            x[n] = _mm512_mul_ps(half(b[n/2], N == 1 ? i%32/16 : 0), scale);
+            if constexpr (N > 1) {
+                x[n + 1] = _mm512_mul_ps(half(b[n/2], 1), scale);
+            }
+        }
+    }
+    static inline __m512 half(const block_q8_0 & b, int h) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) b.qs + h)));
+    }
+    static inline __m512 half(const block_q4_0 & b, int h) {  // the low nibbles are the first 16 elements
+        const __m128i x = _mm_srl_epi16(_mm_loadu_si128((const __m128i *) b.qs), _mm_cvtsi32_si128(4*h));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(_mm_and_si128(x, _mm_set1_epi8(0x0f)), _mm_set1_epi8(8))));
     }
 };
+template <> struct tca_row_reader<GGML_TYPE_Q8_0> : tca_block_reader<block_q8_0> {};
+template <> struct tca_row_reader<GGML_TYPE_Q4_0> : tca_block_reader<block_q4_0> {};
 #endif

@@ -4,7 +4,7 @@
 //
 // tca_dims is for dot products of many keys with many queries: a tca_full holds `lanes` dimensions of `keys` keys.
 //   split   `keys` vectors of consecutive dimensions, one a key -> `keys` vectors of `lanes` dimensions, each of all keys
-//   repeat  `lanes` dimensions of a query, once for every key
+//   keep    has a value that is used several times loaded into a register, instead of from memory at every use
 //   reduce  of `lanes` accumulators a[r]: lane r of every key's part is the sum of that part of a[r]
 #pragma once
 
@@ -14,6 +14,8 @@
 
 #include <cmath>
 #include <cstddef>
+#include <new>
+#include <vector>
 
 #if defined(__GNUC__)
 #    define TCA_INLINE static inline __attribute__((always_inline))
@@ -32,6 +34,20 @@ static inline void tca_prefetch(const char * p, size_t size) {
     (void) size;
 #endif
 }
+
+// A std::vector whose data starts at a cache line: a vector load that crosses two lines costs twice.
+template <typename T> struct tca_line_allocator {
+    typedef T value_type;
+
+    tca_line_allocator() = default;
+    template <typename U> tca_line_allocator(const tca_line_allocator<U> &) {}
+
+    T  * allocate  (size_t n)        { return (T *) ::operator new(n*sizeof(T), std::align_val_t(64)); }
+    void deallocate(T * p, size_t)   { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const tca_line_allocator &) const { return true;  }
+    bool operator!=(const tca_line_allocator &) const { return false; }
+};
+template <typename T> using tca_vector = std::vector<T, tca_line_allocator<T>>;
 
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic) && \
     (defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || (defined(__ARM_NEON) && defined(__aarch64__)))
@@ -74,12 +90,17 @@ constexpr int TCA_TILE_M = 8, TCA_TILE_N = 3;  // 24 accumulators
 struct tca_dims : tca_full {
     static constexpr int keys = 2, lanes = 8;
 
+    static inline void keep(type & x) {
+#        if defined(__GNUC__)
+        __asm__("" : "+v"(x));
+#        else
+        (void) x;
+#        endif
+    }
+
     static inline void split(const type x[keys], type y[keys]) {
         y[0] = _mm512_shuffle_f32x4(x[0], x[1], 0x44);
         y[1] = _mm512_shuffle_f32x4(x[0], x[1], 0xee);
-    }
-    static inline type repeat(const float * p) {
-        return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))));
     }
     // Each step adds neighbours at twice the distance; blends, which run on more ports, take the place of half the shuffles.
     TCA_INLINE type add1(type a, type b) {
@@ -100,8 +121,8 @@ struct tca_dims : tca_full {
 struct tca_dims : tca_full {
     static constexpr int keys = 1;
 
+    static inline void keep (type &)                           {}
     static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
-    static inline type repeat(const float * p)                 { return load(p); }
     TCA_INLINE type reduce(const type a[lanes]) {
         const type x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
         const type y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
@@ -112,8 +133,8 @@ struct tca_dims : tca_full {
 struct tca_dims : tca_full {
     static constexpr int keys = 1;
 
+    static inline void keep (type &)                           {}
     static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
-    static inline type repeat(const float * p)                 { return load(p); }
     TCA_INLINE type reduce(const type a[lanes]) {
         return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]));
     }
@@ -181,8 +202,8 @@ constexpr int TCA_TILE_M = 4, TCA_TILE_N = 3;
 struct tca_dims : tca_full {
     static constexpr int keys = 1;
 
+    static inline void keep (type &)                           {}
     static inline void split(const type x[keys], type y[keys]) { y[0] = x[0]; }
-    static inline type repeat(const float * p)                 { return *p; }
     TCA_INLINE type reduce(const type a[lanes])             { return a[0]; }
 };
 
