@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int DIMS_MAX_ROWS = 8;
+constexpr int DIMS_MAX_ROWS = 8;   // of one pass: what registers hold
 constexpr int DIMS_TILE     = 64;  // slots whose rows stay in the first-level cache while the dimensions are walked
 
 // Rows of S: the next power of two, so that they fill vectors.
@@ -268,9 +268,9 @@ void dims_run(const tca_attn_args & a, const int32_t * d, int64_t r0, int64_t j0
     });
 }
 
-// Whether the kernel can run head sizes and rows.
+// Whether this kernel is the one to use: two passes over a chunk, the second out of the cache, still beat the other kernel.
 inline bool dims_serves(const tca_attn_args & a, int64_t n_rows) {
-    return n_rows <= DIMS_MAX_ROWS && a.k->ne[0] % tca_full::lanes == 0 && a.v->ne[0] % tca_full::lanes == 0;
+    return n_rows <= 2*DIMS_MAX_ROWS && a.k->ne[0] % tca_full::lanes == 0 && a.v->ne[0] % tca_full::lanes == 0;
 }
 
 // Rows [r0, r0 + n_rows) of the queries of a (sequence, KV head) over the slots [j0, j1) of its region, at most TCA_ATTN_CHUNK;

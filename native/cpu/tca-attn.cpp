@@ -1,6 +1,7 @@
 // The attention ops of the CPU backend: units of work, their share among threads, where results go.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside the AVX-512 intrinsics of GCC 12 and older
+#    pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms inside the AVX-512 intrinsics of GCC 12 and older
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #include "tca-attn.h"
@@ -113,12 +114,16 @@ void tca_cpu_attn_partial(ggml_tensor * dst, int ith, int nth, void * /*userdata
         const int n_rows = d[TCA_DESC_COUNT]*a.gqa;  // at most TCA_ATTN_PARTIAL_ROWS, the builder saw to it
         if (dims_serves(a, n_rows)) {
             static thread_local dims_state state;
-            dims_attend(a, d, h, 0, n_rows, c*TCA_ATTN_CHUNK, j1, state);
-            for (int r = 0; r < n_rows; ++r) {
-                float * out = result(r);
-                std::copy_n(&state.o[r*dv], dv, out);
-                out[dv + 0] = state.m[r];
-                out[dv + 1] = state.l[r];
+            const int n_pass = n_rows <= DIMS_MAX_ROWS ? n_rows : (n_rows + 1)/2;
+            for (int r0 = 0; r0 < n_rows; r0 += n_pass) {
+                const int n = std::min(n_pass, n_rows - r0);
+                dims_attend(a, d, h, r0, n, c*TCA_ATTN_CHUNK, j1, state);
+                for (int r = 0; r < n; ++r) {
+                    float * out = result(r0 + r);
+                    std::copy_n(&state.o[r*dv], dv, out);
+                    out[dv + 0] = state.m[r];
+                    out[dv + 1] = state.l[r];
+                }
             }
             return;
         }

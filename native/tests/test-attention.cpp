@@ -87,7 +87,7 @@ TEST(keys_and_values_of_different_sizes) {
 // Every row count of the kernel for few rows and the first of the other one, with every type; tokens that see different slots.
 TEST(few_rows) {
     const std::vector<std::pair<int, int>> rows = { { 1, 1 }, { 2, 1 }, { 1, 2 }, { 3, 1 }, { 1, 3 }, { 4, 1 }, { 2, 2 }, { 5, 1 }, { 1, 5 },
-        { 3, 2 }, { 7, 1 }, { 8, 1 }, { 4, 2 }, { 1, 8 }, { 3, 3 }, { 16, 1 } };  // heads of a group, tokens
+        { 3, 2 }, { 7, 1 }, { 8, 1 }, { 4, 2 }, { 1, 8 }, { 3, 3 }, { 1, 11 }, { 7, 2 }, { 3, 5 }, { 16, 1 }, { 1, 17 } };  // heads, tokens
     const std::vector<int64_t> lengths = { 0, 1, 2, 3, 13, 61, 64, 67, 127, 509, 511, 512, 521, 1021 };
     int seed = 300;
     for (const ggml_type type : TYPES) {
