@@ -2,15 +2,16 @@
 //
 //   tca-bench-cpu [HEADS/KV_HEADS/HEAD_DIM] [f16|q8_0|...] [LENGTH] [THREADS] [UBATCH]      default: 14/2/64 f16 16384 2 512
 //
-// Limits: memory read by all threads at once, fused multiply-adds in registers. Decode: one token over as many layers as make
+// Limits: see cpu/tca-limits.cpp. Decode: one token over as many layers as make
 // the store several times larger than the caches, then over a short region that stays in them, which leaves the arithmetic;
 // GB/s are stored bytes of K and V, each counted once. Prefill: a micro-batch
 // at the end of one layer's regions; GFLOP/s count 4 operations for each (query head, visible slot, dimension) and no softmax.
+// Compaction: one group of 512 tokens of every KV head, key-diff, 39% stay; every layer for itself, as in the runtime.
 // Figures are the best of several runs: the kernel's speed, not that of its neighbours on the machine.
 #include "check.h"
 
 #include "cpu/tca-pages.h"
-#include "cpu/tca-simd.h"
+#include "metrics/tca-metric.h"
 #include "ops/tca-ops.h"
 
 #include "ggml-backend.h"
@@ -21,7 +22,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
-#include <thread>
 
 static double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -39,72 +39,6 @@ static double best_of(double seconds, const std::function<void()> & run) {
     return best;
 }
 
-static void on_threads(int n, const std::function<void(int)> & body) {
-    std::vector<std::thread> threads;
-    for (int i = 0; i < n; ++i) {
-        threads.emplace_back(body, i);
-    }
-    for (std::thread & t : threads) {
-        t.join();
-    }
-}
-
-static volatile float sink;  // keeps the compiler from dropping the loops below
-
-// bytes/s
-static double read_bandwidth(int n_threads) {
-    constexpr size_t N = (size_t) 32*1024*1024;  // floats a thread: 128 MiB
-    std::vector<std::vector<float>> data(n_threads);
-    on_threads(n_threads, [&](int i) {
-        data[i].reserve(N);
-        tca_prefer_large_pages(data[i].data(), N*sizeof(float));
-        data[i].assign(N, 1.0f);
-    });
-    const double seconds = best_of(1.0, [&] {
-        on_threads(n_threads, [&](int i) {
-            using V = tca_full;
-            constexpr int STEP = 64;
-            V::type sums[STEP/V::lanes];
-            std::fill(std::begin(sums), std::end(sums), V::set1(0.0f));
-            for (const float * p = data[i].data(); p < data[i].data() + N; p += STEP) {
-                for (int j = 0; j < STEP/V::lanes; ++j) {
-                    sums[j] = V::add(sums[j], V::load(p + j*V::lanes));
-                }
-            }
-            float lanes[V::lanes];
-            for (const auto & sum : sums) {
-                V::store(lanes, sum);
-                sink = lanes[0];
-            }
-        });
-    });
-    return n_threads*N*sizeof(float)/seconds;
-}
-
-// FLOP/s of f32
-static double fma_peak(int n_threads) {
-    constexpr int N = 12, ROUNDS = 2000000;  // 12 chains hide the latency and fit the registers of every extension
-    const double seconds = best_of(0.5, [&] {
-        on_threads(n_threads, [&](int) {
-            using V = tca_full;
-            const V::type a = V::set1(1e-9f + sink), b = V::set1(1.0f);
-            V::type acc[N];
-            std::fill(std::begin(acc), std::end(acc), b);
-            for (int r = 0; r < ROUNDS; ++r) {
-                for (int i = 0; i < N; ++i) {
-                    acc[i] = V::fma(b, acc[i], a);
-                }
-            }
-            float lanes[V::lanes];
-            for (const auto & x : acc) {
-                V::store(lanes, x);
-                sink = lanes[0]*1e-30f;
-            }
-        });
-    });
-    return 2.0*n_threads*N*ROUNDS*tca_full::lanes/seconds;
-}
-
 struct bench_case {
     int       n_head = 14, n_head_kv = 2, dim = 64;
     ggml_type type = GGML_TYPE_F16;
@@ -112,6 +46,13 @@ struct bench_case {
     int       n_threads = 2;
     int       n_tokens = 1, n_layers = 1;
 };
+
+static void compute(ggml_backend_t backend, ggml_cgraph * gf) {
+    if (ggml_backend_graph_compute(backend, gf) != GGML_STATUS_SUCCESS) {
+        fprintf(stderr, "ggml_backend_graph_compute failed\n");
+        exit(1);
+    }
+}
 
 // Attention nodes of all layers in one graph; seconds a run.
 static double attention(const bench_case & c, bool stock) {
@@ -181,11 +122,57 @@ static double attention(const bench_case & c, bool stock) {
             ((ggml_fp16_t *) mask->data)[t*c.length + j] = ggml_fp32_to_fp16(j <= past + t ? 0.0f : -INFINITY);
         }
     }
-    return best_of(stock ? 0.5 : 1.0, [&] {
-        if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
-            fprintf(stderr, "ggml_backend_graph_compute failed\n");
-            exit(1);
+    return best_of(stock ? 0.5 : 1.0, [&] { compute(backend.get(), gf); });
+}
+
+// Compaction nodes of all layers in one graph, keys and positions as after a prompt; seconds a run.
+static double compaction(const bench_case & c) {
+    constexpr int GROUP = 512, WINDOW = 512;
+    const ggml_backend_ptr backend { ggml_backend_cpu_init() };
+    ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
+    const ggml_context_ptr ctx { ggml_init({ (size_t) (4*c.n_layers + 8)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
+
+    std::vector<float> freqs(c.dim/2);
+    for (int i = 0; i < c.dim/2; ++i) {
+        freqs[i] = std::pow(1e6, -2.0*i/c.dim);
+    }
+    const int32_t keep[] = { 1, 4, 16 }, config[] = { 12, 10, 10 };  // blocks of 16: 12 + 40 + 160 of 512 tokens
+    tca_select_params params = {};
+    params.metric      = tca_metric_find("key-diff");
+    params.block_size  = 16;
+    params.group_size  = GROUP;
+    params.n_keep      = 3;
+    params.n_configs   = 1;
+    params.keep_counts = keep;
+    params.configs     = config;
+    params.rope        = { TCA_ROPE_NEOX, c.dim, 1.0f, freqs.data() };
+
+    ggml_cgraph * gf   = ggml_new_graph(ctx.get());
+    ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, c.n_head_kv, 1, 1);
+    std::vector<ggml_tensor *> positions;
+    for (int il = 0; il < c.n_layers; ++il) {
+        ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
+        ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
+        positions.push_back(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (GROUP + WINDOW)*c.n_head_kv));
+        ggml_build_forward_expand(gf, tca_build_compact(ctx.get(), k, v, positions.back(), desc, 0, &params));
+    }
+    const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
+    random_t rng(1);
+    uint8_t * bytes = (uint8_t *) ggml_backend_buffer_get_base(buffer.get());
+    std::generate_n(bytes, ggml_backend_buffer_get_size(buffer.get()), [&] { return (uint8_t) rng.range(0x20, 0x3f); });  // finite keys
+    for (int h = 0; h < c.n_head_kv; ++h) {
+        const int32_t d[TCA_DESC_SIZE] = { h*(GROUP + WINDOW), GROUP, 0, WINDOW, GROUP, 0, 0, GROUP + WINDOW };
+        std::copy_n(d, TCA_DESC_SIZE, (int32_t *) desc->data + h*TCA_DESC_SIZE);
+    }
+    int first = 0;
+    return best_of(0.3, [&] {
+        for (ggml_tensor * t : positions) {  // another group each time, as in a real sequence
+            for (int i = 0; i < t->ne[0]; ++i) {
+                ((int32_t *) t->data)[i] = first + i%(GROUP + WINDOW);
+            }
         }
+        first += GROUP;
+        compute(backend.get(), gf);
     });
 }
 
@@ -211,7 +198,7 @@ int main(int argc, char ** argv) {
         return 1;
     }
 
-    const double read = read_bandwidth(c.n_threads), fma = fma_peak(c.n_threads);
+    const double read = tca_cpu_read_bandwidth(c.n_threads), fma = tca_cpu_fma_peak(c.n_threads);
     printf("%s, %d threads: memory reads at %.1f GB/s, f32 multiply-adds at %.0f GFLOP/s\n", tca_cpu_simd(), c.n_threads, read/1e9, fma/1e9);
     printf("%d heads, %d KV heads of %d, %s, %lld slots a region\n", c.n_head, c.n_head_kv, c.dim, ggml_type_name(c.type), (long long) c.length);
 
@@ -234,5 +221,8 @@ int main(int argc, char ** argv) {
     const double prefill = attention(c, false), prefill_stock = attention(c, true);
     printf("prefill  %8.3f ms a layer  %6.1f GFLOP/s (%3.0f%% of peak)    stock %8.3f ms, %.2fx\n", prefill*1e3, flop/prefill/1e9,
             100.0*flop/prefill/fma, prefill_stock*1e3, prefill_stock/prefill);
+
+    c.n_layers = 24;
+    printf("compact  %8.3f ms a layer\n", compaction(c)/c.n_layers*1e3);
     return 0;
 }
