@@ -47,6 +47,7 @@ class Lab:
     model: Model
     shape: ModelShape
     layout: Layout
+    full: Sequence[int]  # layers with full attention: only these are in the ragged store
     policies: Sequence[Policy]
     settings: Settings
     source: Sequence[str]
@@ -118,7 +119,7 @@ class Lab:
         """
         kv_bytes, dense_bytes = self.kv_bytes(session, policy)
         tokens = session.length()
-        held = float(tokens) if policy.budgets is None else mean_region(session)
+        held = float(tokens) if policy.budgets is None else mean_region(session, self.full)
         if evicts and policy.keep < 1 and held >= tokens:
             raise TcaError(f"policy {policy.name} evicted nothing in {tokens} tokens; use a greater length")
         return {
@@ -129,9 +130,9 @@ class Lab:
         }
 
     def kv_bytes(self, session: Session, policy: Policy) -> tuple[int, int]:
-        """Bytes allocated for the cache, and what a stock f16 cache takes for the same context."""
+        """Bytes allocated for the cache of the layers with full attention, and what a stock f16 cache takes for them."""
         n_ctx = session.n_ctx
-        heads = n_ctx * self.shape.n_layer * self.shape.n_head_kv
+        heads = n_ctx * len(self.full) * self.shape.n_head_kv
 
         def stock(kv_type: str) -> int:
             return heads * sum(native.row_bytes(KV_TYPES[kv_type], d) for d in (self.shape.head_dim_k, self.shape.head_dim_v))
@@ -139,11 +140,9 @@ class Lab:
         return (stock(policy.kv_type) if policy.budgets is None else native.context_info(session.address).kv_bytes), stock(DENSE.kv_type)
 
 
-def mean_region(session: Session) -> float:
+def mean_region(session: Session, layers: Sequence[int]) -> float:
     """Slots in use, averaged over layers and KV heads."""
-    info = native.context_info(session.address)
-    lengths = [native.region_length(session.address, layer, 0, head) for layer in range(info.n_layer)
-               for head in range(info.n_head_kv)]  # fmt: skip
+    lengths = [native.region_length(session.address, layer, 0, head) for layer in layers for head in range(session.n_head_kv)]
     return sum(lengths) / len(lengths)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tca_gguf.budgets import FORMAT_VERSION, Budgets
+from tca_gguf.budgets import FORMAT_VERSION, SLIDING, Budgets
 from tca_gguf.calib.configs import KEEP_COUNTS, integer_counts
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
@@ -38,7 +38,7 @@ class Policy:
 
     @property
     def keep(self) -> float:
-        return 1.0 if self.budgets is None else float(self.budgets.head_kept_fraction().mean())
+        return 1.0 if self.budgets is None else float(np.nanmean(self.budgets.head_kept_fraction()))
 
 
 DENSE = Policy("dense", "f16")
@@ -51,11 +51,15 @@ def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEE
     return np.array(min(sorted(rows), key=lambda row: abs(float(kept @ np.array(row)) - keep * layout.group_size)), np.int32)
 
 
-def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout) -> Budgets:
-    """The same configuration for every head of a model. Raises TcaError if the runtime does not know the metric."""
+def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout, full: Sequence[int] | None = None) -> Budgets:
+    """The same configuration for every head of the layers with full attention, ``full`` (None: all are).
+
+    Raises TcaError if the runtime does not know the metric.
+    """
     keep_counts = tuple(2**i for i in range(layout.block_size.bit_length()) if 2**i <= layout.block_size)
     row = uniform_config(keep, layout, keep_counts)
-    heads = np.zeros((shape.n_layer, shape.n_head_kv), np.int32)
+    heads = np.full((shape.n_layer, shape.n_head_kv), SLIDING, np.int32)
+    heads[slice(None) if full is None else list(full)] = 0
     fraction = float(np.asarray(keep_counts) @ row) / layout.group_size
     budgets = Budgets(FORMAT_VERSION, layout.block_size, layout.group_size, layout.window, layout.sinks, metric, keep_counts,
                       row[None, :], heads, fraction)  # fmt: skip
@@ -77,15 +81,20 @@ def make_policies(
     shape: ModelShape,
     own: Budgets | None,
     calibrate: Callable[[str, float], Budgets] | None,
+    full: Callable[[], Sequence[int] | None] = lambda: None,
 ) -> list[Policy]:
     """Every named policy at every kept fraction; those that have one of their own, once.
 
     own: budgets of the file. keeps: empty for the file's own fraction. calibrate(metric, keep): called for ``calibrated`` if
-    fractions were asked for. kv_type: of the policies that evict. Raises TcaError.
+    fractions were asked for. kv_type: of the policies that evict. full(): the layers with full attention. Raises TcaError.
     """
     layout = layout_of(own)
-    once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, layout)) is not None]
-    others = [name for name in names if fixed_policy(name, kv_type, shape, layout) is None]
+
+    def uniform(metric: str, keep: float) -> Budgets:
+        return uniform_budgets(shape, metric, keep, layout, full())
+
+    once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, uniform)) is not None]
+    others = [name for name in names if name not in DENSE_TYPES and not name.endswith(".gguf") and "@" not in name]
     if others and not keeps and own is None:
         raise TcaError("the file carries no budgets; run embed-budgets on it first, or give --keep or --uniform")
     policies = []
@@ -93,7 +102,7 @@ def make_policies(
         for name in others:
             base, _, metric = name.partition(":")
             if base != CALIBRATED:
-                budgets = uniform_budgets(shape, name, keep, layout)
+                budgets = uniform(name, keep)
             elif keeps and calibrate is not None:
                 budgets = calibrate(metric or (own.metric if own is not None else DEFAULT_METRIC), keep)
             elif own is None or (metric and metric != own.metric):
@@ -105,7 +114,7 @@ def make_policies(
     return policies + sorted(once, key=lambda policy: policy.budgets is None)
 
 
-def fixed_policy(name: str, kv_type: str, shape: ModelShape, layout: Layout) -> Policy | None:
+def fixed_policy(name: str, kv_type: str, shape: ModelShape, uniform: Callable[[str, float], Budgets]) -> Policy | None:
     """A policy whose kept fraction does not follow from the options; None for the others. Raises TcaError."""
     if name in DENSE_TYPES:
         return Policy(name, DENSE_TYPES[name])
@@ -125,4 +134,4 @@ def fixed_policy(name: str, kv_type: str, shape: ModelShape, layout: Layout) -> 
         keep = 0.0
     if not 0 < keep <= 1:
         raise TcaError(f"policy {name}: what follows the @ must be a kept fraction above 0 and at most 1")
-    return Policy(metric, kv_type, uniform_budgets(shape, metric, keep, layout))
+    return Policy(metric, kv_type, uniform(metric, keep))

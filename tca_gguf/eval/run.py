@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tca_gguf import calib, gguf_file, logs
+from tca_gguf import calib, gguf_file, logs, native
 from tca_gguf.bench import hardware
 from tca_gguf.budgets import Budgets
-from tca_gguf.calib.runtime import Model
+from tca_gguf.calib.runtime import Model, Session
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape
 from tca_gguf.llama import load
@@ -59,7 +59,8 @@ def run(
     source = read_text(settings.text)
     log = logs.take_over(load(), verbose)
     names, keeps = policy_names(settings)
-    policies = make_policies(names, keeps, settings.kv_type, shape, own, calibrator(path, settings, own, progress) if settings.keeps else None)
+    policies = make_policies(names, keeps, settings.kv_type, shape, own, calibrator(path, settings, own, progress) if settings.keeps else None,
+                             lambda: full_layers(path, own))  # fmt: skip
     if settings.kv_type != "f16" and not any(policy.budgets is not None for policy in policies):
         raise TcaError("--kv-type belongs to the policies that evict; name a dense one as dense-q8_0 or dense-q4_0")
 
@@ -67,7 +68,7 @@ def run(
     result.settings["n_threads"] = settings.n_threads or default_threads()
     try:
         with Model(path, n_gpu_layers=settings.n_gpu_layers) as model:
-            lab = Lab(model, shape, layout_of(own), policies, settings, source, progress, answers=result.answers)
+            lab = Lab(model, shape, layout_of(own), full_layers(model, own), policies, settings, source, progress, answers=result.answers)
             chosen = [(suite, settings.samples or suite.samples) for suite in map(SUITES.__getitem__, settings.suites)]
             lab.total = sum(suite.cost(n, samples) for suite, samples in chosen for n in settings.lengths) * (1 + len(policies))
             for suite, samples in chosen:
@@ -80,6 +81,14 @@ def run(
         reason = log.reason()
         raise TcaError(f"{error}: {reason}" if reason and reason not in str(error) else str(error)) from None
     return result
+
+
+def full_layers(model: Model | Path, own: Budgets | None) -> list[int]:
+    """The layers with full attention; those whose attention slides never have a budget."""
+    if own is not None:
+        return own.stored_layers()
+    with Session(model, 32, overrides={"tca.enabled": False}) as session:
+        return [layer for layer in range(session.n_layer) if not native.layer_slides(session.address, layer)]
 
 
 def policy_names(settings: Settings) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -25,6 +25,11 @@ def test_uniform_budgets_come_close_to_the_fraction(keep):
     assert np.asarray(budgets.configs).sum() == 32
 
 
+def test_layers_that_slide_get_no_budget():
+    budgets = uniform_budgets(SHAPE, "key-diff", 0.5, Layout(), [1])
+    assert budgets.stored_layers() == [1] and Policy("x", "f16", budgets).keep == pytest.approx(budgets.kept_fraction)
+
+
 def test_uniform_config_is_as_wide_as_the_prototypes():
     assert uniform_config(0.25, Layout()).tolist() == [9, 9, 7, 5, 2]  # 127 of 512 tokens, its 0.248
 

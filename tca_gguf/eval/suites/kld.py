@@ -125,5 +125,5 @@ class Kld:
 
     def uniform(self, lab: Lab, policy: Policy) -> Policy:
         assert policy.budgets is not None
-        budgets = uniform_budgets(lab.shape, DEFAULT_METRIC, policy.keep, layout_of(policy.budgets))
+        budgets = uniform_budgets(lab.shape, DEFAULT_METRIC, policy.keep, layout_of(policy.budgets), lab.full)
         return Policy(DEFAULT_METRIC, policy.kv_type, budgets)
