@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tca_gguf.budgets import DENSE as DENSE_HEAD
 from tca_gguf.budgets import FORMAT_VERSION, SLIDING, Budgets
 from tca_gguf.calib.configs import KEEP_COUNTS, integer_counts
 from tca_gguf.calib.stream import Layout
@@ -52,15 +53,15 @@ def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEE
 
 
 def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout, full: Sequence[int] | None = None) -> Budgets:
-    """The same configuration for every head of the layers with full attention, ``full`` (None: all are).
+    """The same configuration for every head of the layers with full attention, ``full`` (None: all are); at 1, all dense.
 
     Raises TcaError if the runtime does not know the metric.
     """
     keep_counts = tuple(2**i for i in range(layout.block_size.bit_length()) if 2**i <= layout.block_size)
     row = uniform_config(keep, layout, keep_counts)
     heads = np.full((shape.n_layer, shape.n_head_kv), SLIDING, np.int32)
-    heads[slice(None) if full is None else list(full)] = 0
-    fraction = float(np.asarray(keep_counts) @ row) / layout.group_size
+    heads[slice(None) if full is None else list(full)] = DENSE_HEAD if keep == 1 else 0
+    fraction = 1.0 if keep == 1 else float(np.asarray(keep_counts) @ row) / layout.group_size
     budgets = Budgets(FORMAT_VERSION, layout.block_size, layout.group_size, layout.window, layout.sinks, metric, keep_counts,
                       row[None, :], heads, fraction)  # fmt: skip
     budgets.check()

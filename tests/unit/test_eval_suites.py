@@ -104,8 +104,9 @@ def test_chains_of_variables():
         assert held == set(question.expected) and len(held) == 5
 
 
-def test_common_words_are_the_common_ones():
-    made = document(SUITES["common-words"])
+@pytest.mark.parametrize("source", [reference_text(), records()], ids=["many words", "few words"])
+def test_common_words_are_the_common_ones(source):
+    made = SUITES["common-words"].document(tokenize, SIZE, source, random.Random(3))
     words = re.findall(r"\d+\. ([a-z]+)", text_of(made.tokens).rpartition("Here is a numbered list")[2])
     expected = made.questions[0].expected
     assert {words.count(word) for word in expected} == {OFTEN}

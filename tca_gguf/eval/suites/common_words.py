@@ -1,7 +1,7 @@
 """common-words: a long numbered list in which ten words stand often and the others seldom; the ten are asked for.
 
-RULER-style common words extraction (Hsieh et al. 2024): 30 times each against 3 times. The words are those of the text source.
-A short solved example begins the text.
+RULER-style common words extraction (Hsieh et al. 2024): 30 times each against 3 times. The words are those of the text
+source, made-up ones where it has too few. A short solved example begins the text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tca_gguf.errors import TcaError
 from ..questions import WORD, Document, Question
 from ..texts import Size, Tokenize
 from .base import TextSuite
+from .frequent_words import coded_word
 
 COMMON, OFTEN, SELDOM = 10, 30, 3
 EXAMPLE_OFTEN, EXAMPLE_SELDOM, EXAMPLE_WORDS = 6, 1, 20  # of the solved example
@@ -43,6 +44,9 @@ class CommonWords(TextSuite):
         shown, common, rest = words[: 3 + EXAMPLE_WORDS], words[3 + EXAMPLE_WORDS :][:COMMON], words[3 + EXAMPLE_WORDS + COMMON :]
         example = numbered(shuffled(rng, shown[:3] * EXAMPLE_OFTEN + shown[3:] * EXAMPLE_SELDOM))
         head = f"{TASK}{example}{QUESTION.format(n=3)} {', '.join(shown[:3])}.\n\n{TASK}"
+
+        while len(rest) * SELDOM < size.n_tokens // 3:  # an entry has three tokens at least
+            rest.append(coded_word(rng))
 
         def text(n_seldom: int) -> list[int]:
             order = shuffled(random.Random(seed), common * OFTEN + rest[:n_seldom] * SELDOM)
