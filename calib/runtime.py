@@ -198,6 +198,10 @@ class Session:
             if status != 0:
                 raise TcaError(f"{self.path}: llama_decode failed with status {status} after {start} tokens")
 
+    def wait(self) -> None:
+        """Returns when everything that was started is done; for timing."""
+        self._lib.llama_synchronize(self._ctx)
+
     def decode_logits(self, tokens: Sequence[int], wanted: Sequence[int]) -> np.ndarray:
         """Appends at most n_batch tokens; logits after those at the indices ``wanted``, float32 [len(wanted), n_vocab] (a copy)."""
         lib, start = self._lib, self.length()

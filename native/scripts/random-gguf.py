@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Writes GGUF files with random weights in the shape of Llama-3.1-8B (Q4_0), for speed runs only.
+"""Writes GGUF files with random weights (Q4_0, architecture llama, head size 128), for speed runs only.
 
-    random-gguf.py FOLDER            dense.gguf, keep-0.39.gguf, keep-0.25.gguf: 4.5 GB each, the same weights
-    random-gguf.py FOLDER --tiny     two layers, for tests of the script
+    random-gguf.py FOLDER                  dense.gguf, keep-0.39.gguf, keep-0.25.gguf in the shape of Llama-3.1-8B: 4.5 GB each
+    random-gguf.py FOLDER --shape small    the same with 16 layers of 1,024: 0.1 GB each, for a CPU
+    random-gguf.py FOLDER --shape tiny     two layers of the large shape and few tokens, for tests of the script
+    random-gguf.py FOLDER --only keep-0.39
 
 The budgets are not uniform: heads keep between 1/16 and everything, with the mean in the file's name. Needs numpy alone.
 """
@@ -10,6 +12,7 @@ The budgets are not uniform: heads keep between 1/16 and everything, with the me
 import argparse
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,8 +65,22 @@ def budgets(n_heads: int, target: float) -> tuple[list[list[int]], list[int]]:
     return configs, [-1 if c == len(configs) else int(c) for c in choice]
 
 
-def write(path: Path, target: float | None, n_layer: int, n_vocab: int, rng: np.random.Generator) -> None:
-    n_embd, n_ff, n_head, n_kv, dim = 4096, 14336, 32, 8, 128
+class Shape(NamedTuple):
+    n_layer: int
+    n_vocab: int
+    n_embd: int = 4096
+    n_ff: int = 14336
+    n_head: int = 32
+    n_head_kv: int = 8
+    head_dim: int = 128
+
+
+TARGETS = {"dense": None, "keep-0.39": 0.39, "keep-0.25": 0.25}  # mean kept fraction
+SHAPES = {"8b": Shape(32, 128256), "small": Shape(16, 4096, 1024, 2816, 8, 2), "tiny": Shape(2, 1024)}
+
+
+def write(path: Path, target: float | None, shape: Shape, rng: np.random.Generator) -> None:
+    n_layer, n_vocab, n_embd, n_ff, n_head, n_kv, dim = shape
     tensors = [("token_embd.weight", (n_embd, n_vocab)), ("output_norm.weight", (n_embd,)), ("output.weight", (n_embd, n_vocab))]
     for i in range(n_layer):
         tensors += [(f"blk.{i}.{name}.weight", shape) for name, shape in (
@@ -121,12 +138,12 @@ def write(path: Path, target: float | None, n_layer: int, n_vocab: int, rng: np.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--only", choices=TARGETS, help="one of the three files")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, target in (("dense", None), ("keep-0.39", 0.39), ("keep-0.25", 0.25)):
-        shape = (2, 1024) if args.tiny else (32, 128256)
-        write(args.folder / f"{name}.gguf", target, *shape, np.random.default_rng(1))
+    for name in [args.only] if args.only else TARGETS:
+        write(args.folder / f"{name}.gguf", TARGETS[name], SHAPES[args.shape], np.random.default_rng(1))
 
 
 if __name__ == "__main__":

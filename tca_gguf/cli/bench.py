@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.table import Table
+from rich.console import Console
 
-from tca_gguf.bench import Result, Settings, run
+from tca_gguf.atomic import check_target, replace_file
+from tca_gguf.bench import TESTS, Result, Row, Settings, run
+from tca_gguf.bench.cases import DENSE, FILE, words
+from tca_gguf.bench.plot import plot
+from tca_gguf.bench.results import summary, worst_spread
 from tca_gguf.loading import KV_TYPES
 
 from .common import (
@@ -27,45 +34,111 @@ from .common import (
 )
 
 
-def table_of(result: Result) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    for name in ("test", "depth", "KV", "dense t/s", "best", "TCA t/s", "ratio", "dense KV", "TCA KV", "share"):
-        table.add_column(name, justify="left" if name in ("test", "best", "KV") else "right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(
-            row.test,
-            tokens_short(row.depth),
-            row.kv_type,
-            f"{row.dense_tps:.1f}",
-            row.dense_config,
-            f"{row.tca_tps:.1f}",
-            f"[{'green' if row.ratio >= 1 else 'red'}]{row.ratio:.2f}x[/]",
-            size(row.dense_kv_bytes),
-            size(row.tca_kv_bytes),
-            f"{row.kv_ratio:.0%}",
+class BudgetList(click.ParamType):
+    """Budgets separated by commas: file, dense, or a kept fraction for all heads."""
+
+    name = "budgets"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = []
+        for word in (part.strip() for part in str(value).split(",")):
+            if word not in (FILE, DENSE):
+                fraction = Number(0.0, 1.0, above=True).convert(word, param, ctx)
+                word = f"{fraction:g}"
+            words.append(word)
+        return tuple(dict.fromkeys(words))
+
+
+# name, width, how a row says it
+COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
+    ("test", -8, lambda r: r.test),
+    ("depth", 6, lambda r: tokens_short(r.depth)),
+    ("KV", -5, lambda r: r.kv_type),
+    ("budgets", -13, lambda r: words(r.budgets)),
+    ("dense t/s", 10, lambda r: f"{r.dense_tps:.1f}"),
+    ("best", -5, lambda r: r.dense_config),
+    ("TCA t/s", 8, lambda r: f"{r.tca_tps:.1f}"),
+    ("ratio", 6, lambda r: f"{r.ratio:.2f}x"),
+    ("attention ms", 14, lambda r: f"{r.dense_attn.ms:.2f} > {r.tca_attn.ms:.2f}" if r.dense_attn and r.tca_attn else "-"),
+    ("GB/s", 6, lambda r: f"{r.tca_attn.gbps:.1f}" if r.tca_attn and r.test == "decode" else "-"),
+    ("GFLOP/s", 8, lambda r: f"{r.tca_attn.gflops:.0f}" if r.tca_attn else "-"),
+    ("KV", 19, lambda r: f"{size(r.dense_kv_bytes)} > {size(r.tca_kv_bytes)}"),
+)
+
+
+def line(texts: list[str]) -> str:
+    return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}" for text, (_, width, _) in zip(texts, COLUMNS, strict=True)).rstrip()
+
+
+class Table:
+    """Prints rows as they come: whoever waits for the largest depth sees the smaller ones."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.shown = console, 0
+
+    def update(self, result: Result) -> None:
+        if not self.shown:
+            self.console.print(line([name for name, _, _ in COLUMNS]), style="dim", soft_wrap=True)
+        for row in result.rows[self.shown :]:
+            text = line([say(row) for _, _, say in COLUMNS])
+            ratio = f"{row.ratio:.2f}x"
+            self.console.print(text.replace(ratio, f"[{'green' if row.ratio >= 1 else 'red'}]{ratio}[/]", 1), soft_wrap=True)
+        self.shown = len(result.rows)
+
+
+def conclusions(result: Result) -> list[str]:
+    """What the rows add up to, a line each."""
+    lines = []
+    for entry in summary(result.rows, result.samples):
+        text = f"{entry['test']} {entry['kv_type']}, {words(entry['budgets'])}: "
+        smallest = min(row.depth for row in result.rows)
+        start = entry["tca_faster_from"]
+        if start is None:
+            text += "TCA is not faster at the largest depth"
+        else:
+            text += f"TCA is faster from {start} tokens on" if start > smallest else f"TCA is faster at every depth, from {start} tokens on"
+        if entry.get("slope_ratio") is not None:
+            text += (f"; every 1,024 tokens of depth cost {entry['tca_ms_per_1k']:.3f} ms a token, "
+                     f"dense {entry['dense_ms_per_1k']:.3f} ({entry['slope_ratio']:.2f} of it)")  # fmt: skip
+        lines.append(text)
+    for stall in result.stalls:
+        lines.append(
+            f"compaction at {stall['tokens']} tokens, {stall['kv_type']}, {words(stall['budgets'])}: longest token "
+            f"{stall['longest_ms']:.1f} ms, {stall['ratio']:.2f} times the median"
         )
-    return table
+    machine = result.hardware
+    lines.append(f"limits of these {machine['threads']} threads, measured: {machine['read_gbps']:.1f} GB/s read, "
+                 f"{machine['fma_gflops']:.0f} GFLOP/s of f32")  # fmt: skip
+    spread = worst_spread(result.samples)
+    text = f"medians of {result.settings['repeat']}; largest spread of one series {spread:.0%}"
+    lines.append(text + ("; other programs disturbed this run, repeat it on a quiet machine" if spread > 0.25 else ""))
+    return lines
 
 
-def spread(result: Result) -> str:
-    """The largest (max - min) / median of any series, in words, so that a reader knows what a ratio is worth."""
-    worst = 0.0
-    for sample in result.samples:
-        values = sorted(sample["tps"])
-        worst = max(worst, (values[-1] - values[0]) / values[len(values) // 2])
-    return f"{worst:.0%}" + ("; other programs disturbed this run, repeat it on a quiet machine" if worst > 0.25 else "")
+def save(result: Result, path: Path) -> None:
+    """The raw result, atomically: a run that is killed later leaves the last finished depth."""
+    text = json.dumps(result.as_json(), indent=1).encode()
+    replace_file(path, len(text), lambda file, _: file.write(text))
 
 
 @click.command("bench")
 @model_argument
 @click.option("--depths", type=IntList(), default="4096,16384", show_default=True, help="Tokens in the cache before a test.")
 @click.option("--kv-type", "kv_types", type=ChoiceList(list(KV_TYPES)), metavar="TYPE,...", default="f16", show_default=True, help=f"Types of the KV cache: {', '.join(KV_TYPES)}.")
-@click.option("--repeat", type=Number(1, 1000), default=3, show_default=True, help="Measurements of each test; the median counts.")
+@click.option("--dense-kv", type=click.Choice(list(KV_TYPES)), help="Type of the dense runs' KV cache.  [default: the same as TCA's]")
+@click.option("--budgets", type=BudgetList(), metavar="file,dense,F,...", default=FILE, show_default=True,
+              help="What TCA runs with: the budgets in the file, every head dense, or a kept fraction that all heads share.")  # fmt: skip
+@click.option("--tests", type=ChoiceList(list(TESTS)), metavar="TEST,...", default="prefill,decode", show_default=True,
+              help="prefill: 512 more tokens at each depth; decode: single tokens there; whole: a prompt of each length from the start.")  # fmt: skip
+@click.option("--repeat", type=Number(1, 1000), default=3, show_default=True, help="Measurements of prefill and decode at each depth; the median counts.")
+@click.option("--passes", type=Number(1, 1000), default=1, show_default=True, help="Prompts from the start; the median counts in the test whole.")
 @click.option("-n", "--n-gen", type=Number(1, 512), default=32, show_default=True, help="Tokens of a decode test.")
-@click.option("--mode", type=click.Choice(["depth", "whole"]), default="depth", show_default=True,
-              help="depth: 512 more tokens and single tokens at each depth; whole: a prompt of each depth from the start.")  # fmt: skip
 @click.option("--fa", type=click.Choice(["both", "on", "off"]), default="both", show_default=True,
               help="Flash attention of the dense runs; the better one counts.")  # fmt: skip
+@click.option("--save", "raw", type=click.Path(path_type=Path), metavar="FILE.json", help="Write every measurement here, after each depth.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE.png", help="Also draw speed against depth.")
 @threads_option
 @gpu_layers_option
 @verbose_option
@@ -74,10 +147,15 @@ def bench_command(
     model: Path,
     depths: tuple[int, ...],
     kv_types: tuple[str, ...],
+    dense_kv: str | None,
+    budgets: tuple[str, ...],
+    tests: tuple[str, ...],
     repeat: int,
+    passes: int,
     n_gen: int,
-    mode: str,
     fa: str,
+    raw: Path | None,
+    picture: Path | None,
     threads: int | None,
     gpu_layers: int,
     verbose: bool,
@@ -85,22 +163,40 @@ def bench_command(
 ) -> None:
     """Measure MODEL with its budgets against llama.cpp's stock attention, in alternation, in one run.
 
-    Prefill is the speed of 512 more prompt tokens at a depth, decode that of single tokens; KV is the memory allocated
-    for the cache. The dense side is the better of flash attention on and off.
+    The contexts are filled once, from the smallest depth to the largest, and measured at each. The dense side is the better
+    of flash attention on and off; attention shows the milliseconds a token in attention, dense > TCA, and what TCA's kernels
+    reach there. Rows are printed as they are found; Ctrl-C ends the run and keeps them.
 
     \b
     Example:
       tca-gguf bench model.gguf --depths 4096,16384
-      tca-gguf bench model.gguf --depths 16K --kv-type f16,q8_0 --json > bench.json
+      tca-gguf bench model.gguf --depths 512,2K,8K,32K --tests whole,decode --save raw.json --plot speed.png
+      tca-gguf bench model.gguf --depths 16K --kv-type f16,q8_0 --dense-kv f16 --budgets file,dense,0.25 --json
     """
-    settings = Settings(depths, kv_types, repeat, n_gen, mode, fa, threads or 0, gpu_layers)
+    settings = Settings(depths, kv_types, repeat, n_gen, tests, fa, threads or 0, gpu_layers, budgets, dense_kv, passes)
+    for target in (raw, picture):
+        if target is not None:
+            check_target(target, 1 << 20)  # before the minutes of measuring
+    console = out()
+    table = Table(console)
+
+    def on_depth(result: Result) -> None:
+        if raw is not None:
+            save(result, raw)
+        if not as_json:
+            table.update(result)
+
     with status_line() as report:
-        result = run(model, settings, report, verbose)
+        result = run(model, settings, report, on_depth, verbose)
+    if raw is not None:
+        save(result, raw)  # the compactions come last
+    if picture is not None and result.rows:
+        plot([result.as_json()], picture)
     if as_json:
         emit_json(result.as_json())
-        return
-    console = out()
-    machine = result.hardware
-    console.print(f"{model.name}: {machine['cpu']}, {machine['threads']} threads, {machine['os']}")
-    console.print(table_of(result))
-    console.print(f"medians of {repeat}; largest spread of one series {spread(result)}", style="dim")
+    elif result.rows:
+        machine = result.hardware
+        for text in [f"{model.name}: {machine['cpu']}, {machine['threads']} threads, {machine['os']}", *conclusions(result)]:
+            console.print(text, style="dim", soft_wrap=True)
+    if result.interrupted:
+        raise click.Abort

@@ -18,8 +18,11 @@ import numpy as np
 import pytest
 
 from runtime_context import make_budgets, write_model
-from tca_gguf import bench, gguf_file, llama, logs, models, native
+from tca_gguf import gguf_file, models, native
+from tca_gguf.bench import Case, measure
+from tca_gguf.bench.runner import Runner
 from tca_gguf.budgets import Budgets
+from tca_gguf.calib.runtime import Model
 from tca_gguf.chat import Chat, Engine, Sampling, Turn, cache_stats, chat_prompt
 from tca_gguf.loading import open_llama
 
@@ -167,46 +170,86 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(model):
     assert stats[0]["last"]["stopped"] == "interrupt" and stats[1]["turns"] == 0
 
 
-def test_bench(model):
-    result = call("bench", model, "--depths", "1536", "--kv-type", "f16,q8_0", "-n", "4", "--repeat", "1", "--json")
-    assert result.returncode == 0, result.stderr
+def test_bench(model, tmp_path):
+    """Depths on the way to the largest, every test, budgets of the file and none, and what the JSON says of them."""
+    raw, picture = tmp_path / "raw.json", tmp_path / "speed.png"
+    result = call("bench", model, "--depths", "768,256", "--kv-type", "f16,q8_0", "--dense-kv", "f16", "--budgets", "file,dense",
+                  "--tests", "prefill,decode,whole", "-n", "4", "--repeat", "1", "--save", raw, "--plot", picture, "--json")  # fmt: skip
+    assert result.returncode == 0 and result.stderr == "", result.stderr
     info = json.loads(result.stdout)
-    assert [(row["test"], row["kv_type"]) for row in info["rows"]] == [
-        ("prefill", "f16"), ("decode", "f16"), ("prefill", "q8_0"), ("decode", "q8_0")
+    assert info == json.loads(raw.read_text()) and picture.stat().st_size > 1000
+    assert [(r["depth"], r["test"], r["kv_type"], r["budgets"]) for r in info["rows"]] == [
+        (depth, test, kv_type, budgets) for depth in (256, 768) for test in ("prefill", "decode", "whole")
+        for kv_type in ("f16", "q8_0") for budgets in ("file", "dense")
     ]  # fmt: skip
     for row in info["rows"]:
-        assert row["depth"] == 1536 and row["dense_tps"] > 0 and row["tca_tps"] > 0
-        assert row["ratio"] == pytest.approx(row["tca_tps"] / row["dense_tps"], rel=0.02)
-        assert 0 < row["tca_kv_bytes"] < row["dense_kv_bytes"]
-        assert row["dense_config"] in (("fa=0", "fa=1") if row["kv_type"] == "f16" else ("fa=1",))
-    assert info["rows"][0]["dense_kv_bytes"] == 2048 * 6 * 3 * 128 * 2
-    result = call("bench", model, "--depths", "1024", "--mode", "whole", "--repeat", "1", "--fa", "off", "--json")
-    assert [row["test"] for row in json.loads(result.stdout)["rows"]] == ["whole"]
+        assert row["dense_tps"] > 0 and row["ratio"] == pytest.approx(row["tca_tps"] / row["dense_tps"], rel=1e-3, abs=1e-3)
+        assert row["dense_config"] in ("fa=0", "fa=1") and row["dense_kv_type"] == "f16"
+        assert row["dense_kv_bytes"] == -(-(row["depth"] + 512) // 256) * 256 * 6 * 3 * 128 * 2
+        assert 0 < row["tca_kv_bytes"] < 1.02 * row["dense_kv_bytes"]
+        if row["test"] != "whole":
+            assert 0 < row["dense_attn_ms"] < 1e3 / row["dense_tps"] * 5 and row["tca_attn_gflops"] > 0
+    decode = {(r["depth"], r["kv_type"], r["budgets"]): r for r in info["rows"] if r["test"] == "decode"}
+    # one token more than was in the cache, and half of the 8 profiled ones
+    seen = 768 + 1 + 4.5
+    assert decode[768, "f16", "dense"]["tca_attn_bytes"] == pytest.approx(seen * 6 * 3 * 256, abs=1)
+    assert decode[768, "f16", "dense"]["dense_attn_bytes"] == decode[768, "f16", "dense"]["tca_attn_bytes"]
+    assert decode[768, "f16", "file"]["tca_attn_bytes"] < 0.8 * seen * 6 * 3 * 256
+    assert decode[768, "q8_0", "dense"]["tca_attn_bytes"] == pytest.approx(seen * 6 * 3 * 136, abs=1)
+    assert {entry["kv_type"] for entry in info["compaction"]} == {"f16", "q8_0"} and len(info["compaction"]) == 2
+    slopes = [entry for entry in info["summary"] if entry["test"] == "decode"]
+    assert len(slopes) == 4 and all(entry["tca_ms_per_1k"] is not None for entry in slopes)
+    assert info["hardware"]["read_gbps"] > 0.5 and info["hardware"]["fma_gflops"] > 0.5
+
+
+def test_bench_without_budgets_in_the_file(model, tmp_path):
+    plain = tmp_path / "plain.gguf"
+    gguf_file.strip_budgets(model, plain)
+    result = call("bench", plain, "--depths", "512", "--tests", "whole", "--budgets", "0.25", "--fa", "off")
+    assert result.returncode == 0, result.stderr
+    assert "whole" in result.stdout and "keep 0.25" in result.stdout
 
 
 def test_bench_rewinds_to_the_same_cache(model):
-    """After a micro-batch that compacted a group, the cache must be what it was, not merely as long."""
-    lib = llama.load().llama_cpp
-    log = logs.take_over(llama.load())
-    lib.llama_backend_init()
+    """After a measurement, whether it compacted a group or not, the cache must be what it was, not merely as long."""
     tokens = [random.Random(2).randrange(40_000) for _ in range(1536)]
-    with bench._model(lib, model, False, 0, log) as loaded:
-        runner = bench.Runner(lib, loaded, "tca", 2304, "f16", True, 2)
+    budgets = gguf_file.read_budgets(model)
+    end = measure.next_compaction(budgets, 1500)
+    depth = end - 2
+    with Model(model) as loaded:
+        runner = Runner(loaded, Case("f16", True, "file"), budgets, 2304, 2)
         try:
-            fills = []
-            runner.fill(tokens, fills.append)
-            runner.save()
-            before = [native.positions(runner.address, layer, 0, head) for layer in (0, 5) for head in range(3)]
-            assert min(map(len, before)) < 1536
-            n_fills = len(fills)
-            for batch, step in ((tokens[:512], 512), (tokens[:4], 1)):
-                runner.decode(batch, step)
-                runner.rewind(fills.append)
-                assert native.context_sequence(runner.address)[0] == 1536
-                after = [native.positions(runner.address, layer, 0, head) for layer in (0, 5) for head in range(3)]
-                assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-            assert len(fills) == n_fills, "the saved state must serve; filling again is the last resort"
+            runner.extend(tokens[:depth])
+            runner.keep()
+
+            def held():
+                return [native.positions(runner.session.address, layer, 0, head) for layer in (0, 5) for head in range(3)]
+
+            before = held()
+            assert min(map(len, before)) < depth
+            for batch, step in ((tokens[:512], 512), (tokens[:4], 1), (tokens[:1], 1)):
+                runner.feed(batch, step)
+                runner.rewind()
+                assert native.context_sequence(runner.session.address)[0] == depth
+                assert all(np.array_equal(a, b) for a, b in zip(before, held(), strict=True))
+            runner.extend(tokens)
+            fresh = Runner(loaded, Case("f16", True, "file"), budgets, 2304, 2)
+            fresh.extend(tokens)
+            there = [native.positions(fresh.session.address, layer, 0, head) for layer in (0, 5) for head in range(3)]
+            fresh.close()
+            assert list(map(len, there)) == list(map(len, held()))
         finally:
+            runner.close()
+
+
+def test_kv_bytes_are_those_that_are_allocated(model):
+    budgets = gguf_file.read_budgets(model)
+    shape = gguf_file.model_shape(model)
+    with Model(model) as loaded:
+        for kv_type in ("f16", "q8_0"):
+            case = Case(kv_type, True, "file")
+            runner = Runner(loaded, case, budgets, 2048, 2)
+            assert runner.kv_bytes == measure.kv_bytes(case, budgets, shape, 1536)
             runner.close()
 
 

@@ -85,13 +85,15 @@ WRONG_USAGE = [
     (["bench", "m.gguf", "--depths", ""], "is not a number of tokens"),
     (["bench", "m.gguf", "--kv-type", "f16,bf16"], "'bf16' is not one of f16, q8_0, q4_0"),
     (["bench", "m.gguf", "--repeat", "0"], "0 must be at least 1"),
-    (["bench", "m.gguf", "--mode", "x"], "'x' is not one of"),
     (["eval", "m.gguf", "--suite", "needle,nothing"], "'nothing' is not one of needle"),
     (["eval", "m.gguf", "--lengths", "long"], "'long' is not a number of tokens"),
     (["eval", "m.gguf", "--keep", "0.39,2"], "2 must be above 0 and at most 1"),
     (["eval", "m.gguf", "--uniform", "0"], "0 must be above 0"),
     (["eval", "m.gguf", "--samples", "0"], "0 must be at least 1"),
     (["eval", "m.gguf", "--policy", "key-diff,"], "holds an empty name"),
+    (["bench", "m.gguf", "--tests", "x"], "'x' is not one of"),
+    (["bench", "m.gguf", "--budgets", "file,x"], "'x' is not a number"),
+    (["bench", "m.gguf", "--budgets", "1.5"], "1.5 must be above 0 and at most 1"),
     (["demo", "extra"], "unexpected extra argument"),
 ]
 
@@ -310,36 +312,61 @@ def test_names_from_a_file_are_no_markup(tmp_path):
 
 
 BENCH = bench_logic.Result(
-    hardware={"cpu": "Test CPU", "cores": 2, "threads": 2, "os": "Linux"},
-    settings={"repeat": 3},
+    hardware={"cpu": "Test CPU", "cores": 2, "threads": 2, "os": "Linux", "read_gbps": 20.0, "fma_gflops": 400.0},
+    settings={"model": "m.gguf", "repeat": 3},
     rows=[
         bench_logic.Row("prefill", 4096, "f16", 100.0, "fa=0", 150.0, 1.5, 1000, 400, 0.4),
-        bench_logic.Row("decode", 4096, "f16", 20.0, "fa=1", 10.0, 0.5, 1000, 400, 0.4),
+        bench_logic.Row("decode", 4096, "f16", 20.0, "fa=1", 10.0, 0.5, 1000, 400, 0.4, "0.25", "f16",
+                        bench_logic.Attention(40.0, 8e7, 1e9), bench_logic.Attention(8.0, 4e7, 5e8)),
     ],
-    samples=[{"test": "prefill", "depth": 4096, "kv_type": "f16", "config": "tca", "tps": [149.0, 150.0, 152.0]}],
-)
+    samples=[bench_logic.Sample("prefill", 4096, "f16", "tca", "file", 400, [149.0, 150.0, 152.0])],
+    stalls=[{"kv_type": "f16", "budgets": "file", "tokens": 4608, "median_ms": 20.0, "longest_ms": 30.0, "ratio": 1.5}],
+)  # fmt: skip
 
 
-def test_bench(monkeypatch):
+def test_bench(monkeypatch, tmp_path):
     seen = []
 
-    def fake(path, settings, report, verbose):
+    def fake(path, settings, report, on_depth, verbose):
         seen.append(settings)
         report("working")
+        on_depth(BENCH)
         return BENCH
 
     monkeypatch.setattr("tca_gguf.cli.bench.run", fake)
-    result = run("bench", "m.gguf", "--depths", "4K,16384,4096", "--kv-type", "f16,q8_0", "--repeat", "5", "-n", "8", "--json")
+    raw = tmp_path / "raw.json"
+    result = run("bench", "m.gguf", "--depths", "4K,16384,4096", "--kv-type", "f16,q8_0", "--repeat", "5", "-n", "8", "--tests", "decode",
+                 "--budgets", "file,0.250,dense", "--dense-kv", "f16", "--passes", "2", "--save", str(raw), "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     info = json.loads(result.stdout)
-    assert list(info)[:2] == ["hardware", "rows"]
+    assert list(info)[:2] == ["hardware", "rows"] and info == json.loads(raw.read_text())
     assert all(
-        list(row) == ["test", "depth", "kv_type", "dense_tps", "dense_config", "tca_tps", "ratio", "dense_kv_bytes", "tca_kv_bytes", "kv_ratio"]
+        list(row)[:10] == ["test", "depth", "kv_type", "dense_tps", "dense_config", "tca_tps", "ratio", "dense_kv_bytes", "tca_kv_bytes", "kv_ratio"]
         for row in info["rows"]
     )
-    assert seen[0] == bench_logic.Settings((4096, 16384), ("f16", "q8_0"), 5, 8, "depth", "both", 0, 0)
+    assert seen[0] == bench_logic.Settings((4096, 16384), ("f16", "q8_0"), 5, 8, ("decode",), "both", 0, 0, ("file", "0.25", "dense"), "f16", 2)
     table = run("bench", "m.gguf").stdout
     assert "1.50x" in table and "0.50x" in table and "fa=1" in table and "Test CPU" in table and "spread of one series 2%" in table
+    assert "40.00 > 8.00" in table and "5.0" in table and "keep 0.25" in table and "20.0 GB/s" in table
+    assert "compaction at 4608 tokens, f16, file: longest token 30.0 ms, 1.50 times the median" in table
+    assert table.count("\n") == 9  # head, 2 rows, machine, 3 conclusions, limits, spread: no line is wrapped
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_bench_that_is_interrupted_keeps_what_it_has(monkeypatch, tmp_path, options):
+    monkeypatch.setattr("tca_gguf.cli.bench.run", lambda *_: replace(BENCH, interrupted=True))
+    raw = tmp_path / "raw.json"
+    result = run("bench", "m.gguf", "--save", str(raw), *options)
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+    assert json.loads(raw.read_text())["interrupted"]
+    assert json.loads(result.stdout)["interrupted"] if options else "Test CPU" in result.stdout
+
+
+def test_bench_checks_where_it_writes_first(monkeypatch, tmp_path):
+    monkeypatch.setattr("tca_gguf.cli.bench.run", lambda *_: pytest.fail("must not be measured"))
+    for option in ("--save", "--plot"):
+        result = run("bench", "m.gguf", option, str(tmp_path / "none" / "x"))
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
 
 
 def eval_result() -> Result:
@@ -424,7 +451,7 @@ def test_depth_map():
     ],
 )
 def test_dense_configurations(kv_type, fa, expected):
-    assert [name for name, _ in bench_logic.dense_configs(kv_type, fa)] == expected
+    assert [case.config for case in bench_logic.dense_configs(kv_type, fa)] == expected
 
 
 def test_hardware_names_the_machine():
