@@ -46,25 +46,24 @@ template <size_t N> static void keep(const V::type (& x)[N]) {
 }
 
 double tca_cpu_read_bandwidth(int n_threads) {
-    constexpr size_t N = (size_t) 16 << 20;  // floats a thread, 64 MiB: more than its share of any cache
-    constexpr int    U = 8, PASSES = 4;     // several, so that starting the threads does not count
+    constexpr int U = 8;
+    // floats a thread; 512 MiB together, many times what a cache would hold on to
+    const size_t N = std::max((size_t) 128 << 20, (size_t) n_threads << 20)/n_threads/(U*V::lanes)*(U*V::lanes);
     std::vector<std::vector<float>> data(n_threads);
     on_threads(n_threads, [&](int i) { data[i].assign(N, 1.0f); });  // by the thread that reads it: its own node's memory
     const double seconds = fastest(10, [&] {
         on_threads(n_threads, [&](int i) {
             V::type sum[U];
             std::fill(std::begin(sum), std::end(sum), V::set1(0.0f));
-            for (int pass = 0; pass < PASSES; ++pass) {
-                for (const float * p = data[i].data(), * end = p + N; p < end; p += U*V::lanes) {
-                    for (int j = 0; j < U; ++j) {
-                        sum[j] = V::add(sum[j], V::load(p + j*V::lanes));
-                    }
+            for (const float * p = data[i].data(), * end = p + N; p < end; p += U*V::lanes) {
+                for (int j = 0; j < U; ++j) {
+                    sum[j] = V::add(sum[j], V::load(p + j*V::lanes));
                 }
             }
             keep(sum);
         });
     });
-    return (double) PASSES*n_threads*N*sizeof(float)/seconds;
+    return (double) n_threads*N*sizeof(float)/seconds;
 }
 
 double tca_cpu_fma_peak(int n_threads) {
