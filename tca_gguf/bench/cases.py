@@ -88,11 +88,12 @@ def uniform(shape: ModelShape, keep: float | None, own: Budgets | None = None) -
     """
     from tca_gguf.eval.policies import DEFAULT_METRIC, layout_of, uniform_budgets
 
-    budgets = uniform_budgets(shape, own.metric if own else DEFAULT_METRIC, keep or 1.0, layout_of(own))
-    heads = np.full_like(budgets.head_config, 0 if keep else DENSE_HEAD)
-    if own is not None:
-        heads[own.head_config == SLIDING] = SLIDING
-    return replace(budgets, head_config=heads, kept_fraction=budgets.kept_fraction if keep else 1.0)
+    full = own.stored_layers() if own else None
+    budgets = uniform_budgets(shape, own.metric if own else DEFAULT_METRIC, keep or 1.0, layout_of(own), full)
+    if keep is None:
+        heads = np.where(budgets.head_config == SLIDING, SLIDING, DENSE_HEAD).astype(np.int32)
+        budgets = replace(budgets, head_config=heads, kept_fraction=1.0)
+    return budgets
 
 
 def resolve(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Budgets]:
