@@ -93,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
         raise TcaError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
         raise TcaError(f"{path} is not JSON; give a file that bench --save wrote") from None
-    if not isinstance(result, dict) or not {"hardware", "settings", "samples"} <= result.keys():
+    if not isinstance(result, dict) or not {"hardware", "settings", "samples", "rows", "summary", "compaction"} <= result.keys():
         raise TcaError(f"{path} holds no result of bench")
     return result
 

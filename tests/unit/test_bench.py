@@ -300,3 +300,29 @@ def test_series_and_plot(tmp_path):
         assert done.exit_code == 1 and message in done.output
     with pytest.raises(TcaError, match="nothing to plot"):
         plot.plot([raw | {"samples": []}], tmp_path / "q.png")
+
+
+def test_tables(tmp_path):
+    samples = []
+    for depth in (1024, 2048):
+        samples += [
+            sample("decode", depth, "fa=0", [10.0], attention=Attention(50.0, 1e8, 1e9)),
+            sample("decode", depth, "fa=1", [8.0, 9.0], attention=Attention(60.0, 1e8, 1e9)),
+            sample("decode", depth, "tca", [2e4 / depth], "file", attention=Attention(5.0, 4e7, 4e8, 0.012)),
+            sample("whole", depth, "fa=0", [100.0]), sample("whole", depth, "tca", [150.0], "file"),
+        ]  # fmt: skip
+    machine = {"cpu": "Test", "threads": 2, "read_gbps": 16.0, "fma_gflops": 400.0, "build": {"simd": "avx2"}}
+    stalls = [{"kv_type": "f16", "budgets": "0.25", "tokens": 2560, "median_ms": 20.0, "longest_ms": 30.0, "ratio": 1.5}]
+    raw = tmp_path / "part.json"
+    raw.write_text(json.dumps(bench.Result(machine, {"model": "m.gguf"}, results.rows_of(samples), samples, stalls).as_json()))
+    from click.testing import CliRunner
+
+    from tca_gguf.bench.tables import main
+
+    text = CliRunner().invoke(main, [str(raw)]).output
+    assert "### part\nm.gguf, Test, 2 threads, avx2; measured limits 16.0 GB/s, 400 GFLOP/s; largest spread of one series 12%" in text
+    assert "| decode | 1,024 | 10.0 | 8.5 | 19.5 | 1.95x |" in text and "| whole | 2,048 | 100.0 |  | 150.0 | 1.50x |" in text
+    assert "| decode | 1,024 | TCA f16 | 5.000 | 40.0 | 8.0 GB/s | 50% | 1.2% |" in text
+    assert "| decode | f16 | file | " in text and "| f16 | keep 0.25 | 2,560 | 20.0 | 30.0 | 1.50 |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| decode") and "GB/s" in line}
+    assert widths == {9}
