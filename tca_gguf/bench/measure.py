@@ -141,9 +141,9 @@ class _Group:
             self.samples[key] = Sample(test, depth, case.kv_type, case.config, case.budgets, size, [])
         return self.samples[key]
 
-    def _ordered(self) -> list[Sample]:
-        """The samples by depth, test and case, whatever order they were taken in."""
-        places = itertools.product(self.settings.depths, TESTS, self.cases)
+    def _ordered(self, last: int) -> list[Sample]:
+        """The samples up to a depth by depth, test and case. Of larger ones only earlier passes may have been measured yet."""
+        places = itertools.product((d for d in self.settings.depths if d <= last), TESTS, self.cases)
         return [self.samples[test, depth, case] for depth, test, case in places if (test, depth, case) in self.samples]
 
     def measure(self, on_depth: Callable[[Result], None]) -> None:
@@ -162,7 +162,7 @@ class _Group:
                             self._sample("whole", depth, runner).tps.append(depth / runner.seconds)
                     if i + 1 == self.settings.passes:
                         self._at_depth(depth, runners)
-                        samples = self._ordered()
+                        samples = self._ordered(depth)
                         self.result.samples[found:], self.result.rows[done:] = samples, rows_of(samples)
                         on_depth(self.result)
                 if i + 1 < self.settings.passes:

@@ -263,8 +263,12 @@ def test_contexts_are_filled_once_and_whole_prompts_come_with_it(fake):
 
 
 def test_passes_repeat_the_whole_prompt_alone(fake):
-    result = bench.run(fake, Settings((512, 1024), tests=("whole", "decode"), repeat=1, n_gen=2, passes=3), lambda text: None)
+    told = []
+    settings = Settings((512, 1024), tests=("whole", "decode"), repeat=1, n_gen=2, passes=3)
+    result = bench.run(fake, settings, lambda text: None, lambda r: told.append([(row.depth, row.test) for row in r.rows]))
     assert all(len(s.tps) == (3 if s.test == "whole" else 1) for s in result.samples)
+    # whoever prints the rows that were added sees each once, complete
+    assert told == [[(512, "decode"), (512, "whole")], [(512, "decode"), (512, "whole"), (1024, "decode"), (1024, "whole")]]
 
 
 def test_an_interrupt_keeps_the_finished_depths(fake):
