@@ -48,7 +48,8 @@ void dims_scores(const float * q, const char * k, size_t row_size, int n_keys, i
     using D = tca_dims;
     constexpr int RP = dims_stride(R), P = dims_vectors<R>(), U = dims_reductions<R>(), KEYS = dims_keys<R>();
     for (int j = 0; j < n_keys; j += KEYS) {
-        tca_prefetch(ahead.rows + j*ahead.row_size, KEYS*ahead.row_size);
+        tca_prefetch<2>(ahead.rows + j*ahead.row_size, KEYS*ahead.row_size);
+        tca_prefetch<1>(k + (j + 3*KEYS)*row_size, KEYS*row_size);
         const char * row[KEYS];
         for (int i = 0; i < KEYS; ++i) {
             row[i] = k + (j + i)*row_size;
@@ -65,17 +66,11 @@ void dims_scores(const float * q, const char * k, size_t row_size, int n_keys, i
             typename D::type y[U*P][STEP][D::keys];
             for (int u = 0; u < U; ++u) {
                 for (int p = 0; p < P; ++p) {
-                    typename D::type x[D::keys][STEP];
+                    const char * rows[D::keys];
                     for (int h = 0; h < D::keys; ++h) {
-                        READER::template load<STEP>(row[(u*D::keys + h)*P + p], i, x[h]);
+                        rows[h] = row[(u*D::keys + h)*P + p];
                     }
-                    for (int n = 0; n < STEP; ++n) {
-                        typename D::type keys[D::keys];
-                        for (int h = 0; h < D::keys; ++h) {
-                            keys[h] = x[h][n];
-                        }
-                        D::split(keys, y[u*P + p][n]);
-                    }
+                    tca_load_keys<STEP>(READER(), rows, i, y[u*P + p]);
                 }
             }
             for (int n = 0; n < STEP; ++n) {
@@ -112,7 +107,7 @@ inline void dims_weigh(const float * p, const char * v, size_t row_size, int n_k
         }
     }
     for (int j = 0; j < n_keys; ++j) {
-        tca_prefetch(ahead.rows + j*ahead.row_size, ahead.row_size);
+        tca_prefetch<2>(ahead.rows + j*ahead.row_size, ahead.row_size);
         typename V::type x[N];
         READER::template load<N>(v + j*row_size, i, x);
         for (int r = 0; r < R; ++r) {

@@ -60,6 +60,22 @@ template <> struct tca_row_reader<GGML_TYPE_F32> {
     }
 };
 
+// The same of tca_dims::keys rows, split among them (tca_dims::split).
+template <int N, typename READER>
+static inline void tca_load_keys(READER, const char * const rows[tca_dims::keys], int64_t i, tca_dims::type y[N][tca_dims::keys]) {
+    tca_full::type x[tca_dims::keys][N];
+    for (int h = 0; h < tca_dims::keys; ++h) {
+        READER::template load<N>(rows[h], i, x[h]);
+    }
+    for (int n = 0; n < N; ++n) {
+        tca_full::type keys[tca_dims::keys];
+        for (int h = 0; h < tca_dims::keys; ++h) {
+            keys[h] = x[h][n];
+        }
+        tca_dims::split(keys, y[n]);
+    }
+}
+
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #    define TCA_READS_ROWS
 
@@ -72,6 +88,15 @@ template <> struct tca_row_reader<GGML_TYPE_F16> {
         }
     }
 };
+
+// Halves are put together before they are converted: cheaper than two shuffles afterwards.
+template <int N>
+static inline void tca_load_keys(tca_row_reader<GGML_TYPE_F16>, const char * const rows[2], int64_t i, __m512 y[N][2]) {
+    const __m128i * a = (const __m128i *) (rows[0] + 2*i), * b = (const __m128i *) (rows[1] + 2*i);
+    for (int n = 0; n < 2*N; ++n) {
+        y[n/2][n%2] = _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(a + n)), _mm_loadu_si128(b + n), 1));
+    }
+}
 
 template <> struct tca_row_reader<GGML_TYPE_BF16> {
     static constexpr int step = 1;

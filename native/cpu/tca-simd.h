@@ -23,11 +23,11 @@
 #    define TCA_INLINE static inline
 #endif
 
-// Asks for `size` bytes to be brought into the second-level cache. May point anywhere.
-static inline void tca_prefetch(const char * p, size_t size) {
+// Asks for `size` bytes to be brought into the cache of a level, 1 or 2. May point anywhere.
+template <int LEVEL> static inline void tca_prefetch(const char * p, size_t size) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < size; i += 64) {
-        __builtin_prefetch(p + i, 0, 2);
+        __builtin_prefetch(p + i, 0, 4 - LEVEL);
     }
 #else
     (void) p;
