@@ -133,4 +133,16 @@ template <typename BLOCK> struct tca_block_reader {
 };
 template <> struct tca_row_reader<GGML_TYPE_Q8_0> : tca_block_reader<block_q8_0> {};
 template <> struct tca_row_reader<GGML_TYPE_Q4_0> : tca_block_reader<block_q4_0> {};
+
+// As with f16.
+template <int N>
+static inline void tca_load_keys(tca_row_reader<GGML_TYPE_Q8_0>, const char * const rows[2], int64_t i, __m512 y[N][2]) {
+    static_assert(N == 2, "one block");
+    const block_q8_0 & a = ((const block_q8_0 *) rows[0])[i/QK8_0], & b = ((const block_q8_0 *) rows[1])[i/QK8_0];
+    const __m512 scale = _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_set1_epi16(a.d)), _mm_set1_epi16(b.d), 1));
+    for (int n = 0; n < 4; ++n) {
+        const __m128i x = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) (a.qs + 8*n)), _mm_loadl_epi64((const __m128i *) (b.qs + 8*n)));
+        y[n/2][n%2] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), scale);
+    }
+}
 #endif
