@@ -12,9 +12,11 @@ import numpy as np
 from tca_gguf.errors import TcaError
 
 from .allocate import DENSE, allocate, sparsest_within
-from .capture import Progress, run_capture
+from .capture import Progress, run_capture, run_probe_fit
 from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
 from .evaluate import ErrorTable
+from .probe import METRIC as PROBE_METRIC
+from .probe import ProbeFit
 from .runtime import Session
 from .stream import Layout
 from .texts import KINDS, CalibrationText, compose, shortest_text
@@ -26,6 +28,8 @@ DEFAULT_KEEP = 0.39
 DEFAULT_TOKENS = 6144
 # Tokens of a micro-batch: what the pass needs beside model and cache grows with it (docs/calibration.md, "Memory").
 UBATCH = 512
+# Queries of each kind that the probe is fitted to: far more than errors are measured with, since every token needs some.
+FIT_QUERIES = (512, 512)
 # The kinds of queries are put on one scale by their mean error under this configuration, then added (prototype.md, 3).
 YARDSTICK = (1.0, 2.0)
 
@@ -36,7 +40,7 @@ class Measurement:
 
     error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error, dropped attention mass,
     and the bound on the error that follows from it. full: the layers with full attention; the others, whose attention slides
-    over a window, get no budget.
+    over a window, get no budget. probe: what the metric "key-probe" uses, float32 [n_layer, n_head_kv, head_dim_k].
     """
 
     layout: Layout
@@ -51,6 +55,7 @@ class Measurement:
     n_tokens: int
     text_sha256: str
     full: tuple[int, ...]
+    probe: np.ndarray | None = None
 
     def combined(self) -> np.ndarray:
         """What allocation minimises, [n_layer, n_head_kv, n_configs]: the kinds' errors on one scale, averaged."""
@@ -89,7 +94,7 @@ def measure(
     metric: str = "key-diff",
     n_ubatch: int = UBATCH,
 ) -> Measurement:
-    """One forward pass over the calibration text, see `calibrate` for the arguments."""
+    """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
     layout = layout or Layout()
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
     stock = {"tca.enabled": False}
@@ -102,15 +107,28 @@ def measure(
                 f"(sinks + window + group = {layout.first_evicting}); it runs dense as it is"
             )
         text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
+        fitted = compose(session.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
         table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv)
 
     def session_for(capture: object) -> Session:
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
         return Session(model_path, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, overrides=stock, capture=capture)
 
-    full = run_capture(session_for, table, text, metric, progress)
+    probe = None
+    if fitted is not None:
+        fit = ProbeFit(layout, len(KINDS), table.n_layer, table.n_head_kv, len(fitted.tokens), fitted.queries, fitted.kinds)
+        probe = run_probe_fit(session_for, fit, table.n_layer, fitted, part_of(progress, 0, 2))
+        progress = part_of(progress, 1, 2)
+    full = run_capture(session_for, table, text, metric, progress, probe)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
-                       table.mean_bound(), len(text.tokens), text.sha256, tuple(full))  # fmt: skip
+                       table.mean_bound(), len(text.tokens), text.sha256, tuple(full), probe)  # fmt: skip
+
+
+def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None:
+    """Progress of one of several passes of equal length, told as that of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total, label: progress(part * total + done, parts * total, label)
 
 
 def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None) -> Budgets:
@@ -167,6 +185,7 @@ def choose_budgets(m: Measurement, keep: float | None = None, max_error: float |
             errors=per_head(m.head_error()),
             bounds=per_head(m.head_bound()),
         ),
+        probe=m.probe,
     )
 
 
@@ -186,12 +205,12 @@ def calibrate(
     metric: str = "key-diff",
     max_error: float | None = None,
 ) -> Budgets:
-    """Budgets for every head of a model, from one forward pass.
+    """Budgets for every head of a model, from one forward pass, or two for the metric "key-probe".
 
     keep, max_error: see `choose_budgets`; keep is in (0, 1]
     texts: documents in place of the package's own; facts are planted in them too
     tokens: length of the calibration text (default 6144), clamped to the model's context
-    seed: of the planted facts
+    seed: of the planted facts; metric: one of `native.metrics`
     progress(done, total, label): called after each layer of each micro-batch
     Raises TcaError: unreadable model, an architecture without plain attention, a text or context too short to evict.
     The same model, text, tokens and seed give the same budgets.

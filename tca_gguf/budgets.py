@@ -45,7 +45,8 @@ class Budgets:
     configs: int32 [n_configs, len(keep_counts)], blocks of a group that keep keep_counts[j], rows sum to group_size/block_size;
     head_config: int32 [n_layer, n_head_kv], row of configs, DENSE or SLIDING; kept_fraction: mean over
     the heads that are not SLIDING;
-    enabled: whether the runtime uses the budgets when nothing overrides it.
+    enabled: whether the runtime uses the budgets when nothing overrides it;
+    probe: float32 [n_layer, n_head_kv, head_dim_k], the vector of each head that the metric "key-probe" multiplies keys with.
     """
 
     version: int
@@ -60,6 +61,7 @@ class Budgets:
     kept_fraction: float
     enabled: bool = True
     calibration: Calibration | None = None
+    probe: np.ndarray | None = None
 
     @property
     def n_layer(self) -> int:

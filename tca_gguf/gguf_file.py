@@ -304,12 +304,23 @@ def _budgets(reader: HeaderReader, path: Path, shape: ModelShape) -> Budgets:
         kept_fraction=_fraction(fields, "tca.kept_fraction"),
         enabled=fields.get("tca.enabled", GGUFValueType.BOOL) if has_enabled else True,
         calibration=_calibration(fields, shape),
+        probe=_probe(fields, shape) if reader.get_field("tca.probe") is not None else None,
     )
     try:
         budgets.check()
     except TcaError as error:
         raise TcaError(f"{path}: {error}") from None
     return budgets
+
+
+def _probe(fields: _Fields, shape: ModelShape) -> np.ndarray:
+    """float32 [n_layer, n_head_kv, head_dim_k]"""
+    values = fields.get("tca.probe", GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    size = (shape.n_layer, shape.n_head_kv, shape.head_dim_k)
+    if len(values) != np.prod(size):
+        raise TcaError(f"{fields.path}: tca.probe has {len(values)} entries, this model needs {np.prod(size)}: {shape.n_layer} layers of "
+                       f"{shape.n_head_kv} KV heads with keys of {shape.head_dim_k}")  # fmt: skip
+    return values.astype(np.float32).reshape(size)
 
 
 def _fraction(fields: _Fields, key: str) -> float:
@@ -366,6 +377,8 @@ def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path) -> list[byte
     writer.add_array("tca.configs", np.asarray(budgets.configs).ravel().tolist())
     writer.add_array("tca.head_config", np.asarray(budgets.head_config).ravel().tolist())
     writer.add_float32("tca.kept_fraction", budgets.kept_fraction)
+    if budgets.probe is not None:
+        writer.add_array("tca.probe", np.asarray(budgets.probe, np.float64).ravel().tolist())
     calibration = budgets.calibration
     if calibration is not None:
         writer.add_uint32("tca.calibration.tokens", calibration.tokens)
@@ -431,4 +444,6 @@ def _rewrite(reader: HeaderReader, src: Path, dst: Path, budgets: Budgets | None
             _budgets(check, dst, _shape(check, dst))
 
     extra = _ROOM + (16 * budgets.head_config.size + 8 * budgets.configs.size if budgets is not None else 0)
+    if budgets is not None and budgets.probe is not None:
+        extra += 4 * budgets.probe.size
     replace_file(dst, before.st_size + extra, write, verify)

@@ -101,6 +101,12 @@ def _budgets(budgets: Budgets) -> tuple[Any, list[Any]]:
     struct.metric, struct.keep_counts, struct.configs, struct.head_config = alive
     struct.n_keep, struct.n_configs = len(keep), configs.shape[0]
     struct.n_layer, struct.n_head_kv = head_config.shape
+    if budgets.probe is not None:
+        probe = np.ascontiguousarray(budgets.probe, dtype=np.float32)
+        if probe.ndim != 3 or probe.shape[:2] != head_config.shape:
+            raise TcaError(f"tca.probe has shape {probe.shape}; it needs [n_layer, n_head_kv, head_dim_k]")
+        alive.append(_pointer(probe, "float"))
+        struct.n_probe, struct.probe = probe.shape[2], alive[-1]
     return struct, alive
 
 
@@ -303,6 +309,7 @@ def select(
     impl: Impl = "cpu",
     *,
     values: ArrayLike | None = None,
+    probe: ArrayLike | None = None,
     layer: int = 0,
     head: int = 0,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -310,7 +317,8 @@ def select(
 
     keys: float32 [n, head_dim] as stored, after RoPE; positions: int32 [n]; rope: None if the keys carry no rotation;
     counts: blocks that keep keep_counts[j], summing to n/block_size; metric: one of `metrics`;
-    values: float32 [n, head_dim_v], for metrics that look at them; layer, head: for metrics that tell heads apart.
+    values: float32 [n, head_dim_v], for metrics that look at them; probe: float32 [head_dim], for those that use one;
+    layer, head: for metrics that tell heads apart.
     Returns (indices of the kept tokens, increasing; importance of every token, float32 [n]).
     """
     ffi, lib = _extension()
@@ -333,9 +341,13 @@ def select(
         values_ = np.ascontiguousarray(values, dtype=np.float32)
         if values_.ndim != 2 or len(values_) != n:
             raise TcaError(f"values {values_.shape}: [n, head_dim_v] with n = {n} is needed")
+    probe_ = None if probe is None else np.ascontiguousarray(probe, dtype=np.float32)
+    if probe_ is not None and probe_.shape != (head_dim,):
+        raise TcaError(f"probe {probe_.shape}: [head_dim] with head_dim = {head_dim} is needed")
     group = ffi.new("struct tca_group *", (n, head_dim, 0 if values_ is None else values_.shape[1], layer, head,
                                            _pointer(keys_, "float"), ffi.NULL if values_ is None else _pointer(values_, "float"),
-                                           _pointer(positions_, "int32_t"), rope_))  # fmt: skip
+                                           _pointer(positions_, "int32_t"), rope_,
+                                           ffi.NULL if probe_ is None else _pointer(probe_, "float")))  # fmt: skip
     m = check_status(lib.tca_select(_impl(impl), metric.encode(), group, block_size, len(keep), _pointer(keep, "int32_t"),
                                     _pointer(counts_, "int32_t"), _pointer(kept, "int32_t"), _pointer(scores, "float")))
     return kept[:m].copy(), scores

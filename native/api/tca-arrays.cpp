@@ -32,6 +32,9 @@ int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * gr
     if ((metric->needs & TCA_NEEDS_VALUES) && (group->values == nullptr || group->head_dim_v < 1)) {
         return tca_fail(TCA_ERR_ARGUMENT, std::string("metric ") + metric->name + " looks at values, none were given");
     }
+    if ((metric->needs & TCA_NEEDS_PROBE) && group->probe == nullptr) {
+        return tca_fail(TCA_ERR_ARGUMENT, std::string("metric ") + metric->name + " needs a probe, none was given");
+    }
     int64_t n_blocks = 0;
     for (int32_t j = 0; j < n_keep; ++j) {
         if (counts[j] < 0 || keep_counts[j] < 0 || keep_counts[j] > block_size || (j > 0 && keep_counts[j] <= keep_counts[j - 1])) {

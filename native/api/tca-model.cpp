@@ -18,6 +18,8 @@ static tca_budgets_data copy_of(const tca_budgets & b) {
     data.head_config = { b.head_config, b.head_config + (size_t) b.n_layer*b.n_head_kv };
     data.n_layer     = b.n_layer;
     data.n_head_kv   = b.n_head_kv;
+    data.n_probe     = b.n_probe;
+    data.probe       = { b.probe, b.probe + (size_t) b.n_layer*b.n_head_kv*b.n_probe };
     return data;
 }
 
@@ -43,7 +45,7 @@ tca_status tca_model_set_budgets(llama_model * model, const tca_budgets * budget
                 std::to_string(budgets->n_head_kv) + ", this model has " + std::to_string(n_layer) + " layers of " +
                 std::to_string(n_head_kv) + " KV heads");
     }
-    const std::string misfit = llama_tca_misfit(*model, budgets->head_config, n_head_kv);
+    const std::string misfit = llama_tca_misfit(*model, *budgets);
     if (!misfit.empty()) {
         return tca_fail(TCA_ERR_BUDGETS, misfit);
     }

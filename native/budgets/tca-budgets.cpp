@@ -5,6 +5,7 @@
 #include "gguf.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 tca_budgets tca_budgets_data::view() const {
@@ -22,6 +23,8 @@ tca_budgets tca_budgets_data::view() const {
     b.n_layer     = n_layer;
     b.n_head_kv   = n_head_kv;
     b.head_config = head_config.data();
+    b.n_probe     = n_probe;
+    b.probe       = probe.data();
     return b;
 }
 
@@ -96,6 +99,17 @@ std::string tca_budgets_problem(const tca_budgets & b) {
                 "or for none";
         }
     }
+    if (b.n_probe > TCA_MAX_PROBE || (b.n_probe > 0 && b.probe == nullptr)) {
+        return "tca.probe has " + num(b.n_probe) + " entries a head, at most " + num(TCA_MAX_PROBE) + " are allowed";
+    }
+    if ((tca_metric_find(b.metric)->needs & TCA_NEEDS_PROBE) && b.n_probe == 0) {
+        return std::string("tca.probe is missing, tca.metric ") + b.metric + " needs it; run embed-budgets again";
+    }
+    for (size_t i = 0; i < (size_t) b.n_layer*b.n_head_kv*b.n_probe; ++i) {
+        if (!std::isfinite(b.probe[i])) {
+            return "tca.probe[" + num(i) + "] is not a finite number";
+        }
+    }
     return "";
 }
 
@@ -153,16 +167,16 @@ struct reader {
         }
     }
 
-    void i32_array(const char * key, size_t n_max, std::vector<int32_t> & out) {
+    template <typename T> void array(const char * key, gguf_type want, size_t n_max, std::vector<T> & out) {
         const int64_t id = find(key);
         if (id < 0 || !expect(key, id, GGUF_TYPE_ARRAY)) {
             return;
         }
         const gguf_type type = gguf_get_arr_type(gguf, id);
         const size_t    n    = gguf_get_arr_n(gguf, id);
-        if (type != GGUF_TYPE_INT32) {
+        if (type != want) {
             if (problem.empty()) {
-                problem = std::string(key) + " is an array of " + gguf_type_name(type) + ", it must be one of i32";
+                problem = std::string(key) + " is an array of " + gguf_type_name(type) + ", it must be one of " + gguf_type_name(want);
             }
             return;
         }
@@ -172,7 +186,7 @@ struct reader {
             }
             return;
         }
-        const int32_t * data = (const int32_t *) gguf_get_arr_data(gguf, id);
+        const T * data = (const T *) gguf_get_arr_data(gguf, id);
         out.assign(data, data + n);
     }
 };
@@ -267,9 +281,12 @@ tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, ui
     r.u32("tca.window",     b.window);
     r.u32("tca.sinks",      b.sinks);
     r.str("tca.metric",     b.metric);
-    r.i32_array("tca.keep_counts", TCA_MAX_BLOCK + 1, b.keep_counts);
-    r.i32_array("tca.configs",     (size_t) TCA_MAX_CONFIGS*(TCA_MAX_BLOCK + 1), b.configs);
-    r.i32_array("tca.head_config", (size_t) 1 << 24, b.head_config);
+    r.array("tca.keep_counts", GGUF_TYPE_INT32, TCA_MAX_BLOCK + 1, b.keep_counts);
+    r.array("tca.configs",     GGUF_TYPE_INT32, (size_t) TCA_MAX_CONFIGS*(TCA_MAX_BLOCK + 1), b.configs);
+    r.array("tca.head_config", GGUF_TYPE_INT32, (size_t) 1 << 24, b.head_config);
+    if (gguf_find_key(gguf, "tca.probe") >= 0) {
+        r.array("tca.probe", GGUF_TYPE_FLOAT32, (size_t) 1 << 28, b.probe);
+    }
 
     if (problem.empty() && (b.keep_counts.empty() || b.configs.size() % b.keep_counts.size() != 0)) {
         problem = "tca.configs has " + num(b.configs.size()) + " entries, it must be a multiple of the " +
@@ -279,8 +296,14 @@ tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, ui
         problem = "tca.head_config has " + num(b.head_config.size()) + " entries, this model has " + num(n_layer) +
             " layers of " + num(n_head_kv) + " KV heads = " + num((long long) n_layer*n_head_kv);
     }
+    const size_t n_heads = std::max<size_t>(b.head_config.size(), 1);
+    if (problem.empty() && b.probe.size() % n_heads != 0) {
+        problem = "tca.probe has " + num(b.probe.size()) + " entries, it must be a multiple of the " + num(n_heads) +
+            " KV heads";
+    }
     if (problem.empty()) {
-        problem = tca_budgets_problem(b.view());
+        b.n_probe = std::min<size_t>(b.probe.size()/n_heads, TCA_MAX_PROBE + 1);
+        problem   = tca_budgets_problem(b.view());
     }
     if (!problem.empty()) {
         return TCA_ERR_BUDGETS;

@@ -21,6 +21,8 @@ struct tca_budgets_data {
     std::vector<int32_t> head_config;   // [n_layer, n_head_kv]
     uint32_t             n_layer    = 0;
     uint32_t             n_head_kv  = 0;
+    uint32_t             n_probe    = 0;
+    std::vector<float>   probe;         // [n_layer, n_head_kv, n_probe]
 
     // Borrowed view; valid while this object is unchanged.
     tca_budgets view() const;

@@ -46,7 +46,8 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
             importance.resize(n);
             kept.resize(n);
-            tca_group g = { n, (int32_t) dim_k, (int32_t) dim_v, params.layer, (int32_t) h, nullptr, nullptr, positions, &params.rope };
+            tca_group g = { n, (int32_t) dim_k, (int32_t) dim_v, params.layer, (int32_t) h, nullptr, nullptr, positions, &params.rope,
+                params.probe ? params.probe + h*dim_k : nullptr };
             if (params.metric->needs & TCA_NEEDS_KEYS) {
                 keys.resize(n*dim_k);
                 tca_rows_to_f32(k->type, (const char *) k->data + first*k->nb[1], keys.data(), n*dim_k);

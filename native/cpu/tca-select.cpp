@@ -59,7 +59,7 @@ void tca_importance(const tca_metric & metric, const tca_group & group, int hada
         }
     }
     metric.importance({ n, dim, group.head_dim_v, group.layer, group.head, needs_keys ? scratch.keys.data() : nullptr,
-            group.values, group.positions }, importance);
+            group.values, group.positions, group.probe }, importance);
 }
 
 int tca_select_tokens(const double * importance, int n_tokens, int block_size, int n_keep, const int32_t * keep_counts,

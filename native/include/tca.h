@@ -38,6 +38,7 @@ enum {
     TCA_MAX_GROUP      = 8192,
     TCA_MAX_WINDOW     = 1 << 20,
     TCA_MAX_CONFIGS    = 4096,
+    TCA_MAX_PROBE      = 8192,
 };
 
 typedef enum tca_status {
@@ -73,6 +74,8 @@ struct tca_budgets {
     uint32_t        n_layer;
     uint32_t        n_head_kv;
     const int32_t * head_config;  // [n_layer, n_head_kv]: row of configs, TCA_HEAD_DENSE or TCA_HEAD_SLIDING
+    uint32_t        n_probe;      // head_dim_k, for metrics that use a probe; else 0
+    const float *   probe;        // [n_layer, n_head_kv, n_probe], finite
 };
 
 // Checks every field and every sum. TCA_OK or TCA_ERR_BUDGETS.
@@ -165,6 +168,7 @@ struct tca_group {
     const float *           values;      // [n_tokens, head_dim_v]; NULL: metrics that look at values are refused
     const int32_t *         positions;   // [n_tokens], increasing
     const struct tca_rope * rope;        // NULL: the keys carry no rotation
+    const float *           probe;       // [head_dim_k]; NULL: metrics that use one are refused
 };
 
 // Scores and selects the tokens of a group of blocks*block_size tokens (design: paper section "online selection").

@@ -156,6 +156,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         l.select.keep_counts = plan.budgets.keep_counts.data();
         l.select.configs     = plan.budgets.configs.data();
         l.select.hadamard    = rot_k;
+        l.select.probe       = plan.budgets.probe.empty() ? nullptr : &plan.budgets.probe[(size_t) il*plan.n_head_kv()*head_dim_k];
         if (!hparams.no_alloc) {
             l.select.rope = llama_tca_rope(model, cparams, il, l.rope_freqs);
         }

@@ -105,13 +105,18 @@ std::string llama_tca_unsupported(const llama_model & model) {
     return "";
 }
 
-std::string llama_tca_misfit(const llama_model & model, const int32_t * head_config, uint32_t n_head_kv) {
+std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budgets) {
+    const uint32_t n_head_kv = budgets.n_head_kv;
     for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
-        const int32_t config = head_config[(size_t) il*n_head_kv];
+        const int32_t config = budgets.head_config[(size_t) il*n_head_kv];
         const bool    slides = llama_tca_layer_slides(model, il);
         if (slides != (config == TCA_HEAD_SLIDING)) {
             return format("tca.head_config[%u] is %d, but layer %u of this model has %s attention, so it must %sbe -2", il*n_head_kv,
                     config, il, slides ? "sliding-window" : "full", slides ? "" : "not ");
+        }
+        if (!slides && budgets.n_probe > 0 && budgets.n_probe != model.hparams.n_embd_head_k(il)) {
+            return format("tca.probe has %u entries a head, layer %u of this model has keys of %u", budgets.n_probe, il,
+                    model.hparams.n_embd_head_k(il));
         }
     }
     return "";
@@ -155,7 +160,7 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
     if (status != TCA_OK) {
         throw std::runtime_error(problem + " (load without TCA: --override-kv tca.enabled=bool:false)");
     }
-    const std::string misfit = llama_tca_misfit(model, budgets.head_config.data(), n_head_kv);
+    const std::string misfit = llama_tca_misfit(model, budgets.view());
     if (!misfit.empty()) {
         throw std::runtime_error(misfit + "; run embed-budgets again (load without TCA: --override-kv tca.enabled=bool:false)");
     }

@@ -26,7 +26,7 @@ bool llama_tca_layer_slides(const llama_model & model, uint32_t il);
 
 // Empty if the budgets treat as sliding-window layers just those that the model has; else one line that names the key.
 // head_config [n_layer, n_head_kv].
-std::string llama_tca_misfit(const llama_model & model, const int32_t * head_config, uint32_t n_head_kv);
+std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budgets);
 
 // Every sequence has a stream of its own in the ragged cache: turns kv_unified off before the context sizes are derived.
 void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams);

@@ -5,6 +5,7 @@
 
 static const tca_metric METRICS[] = {
     { "key-diff",   TCA_NEEDS_KEYS,   tca_metric_key_diff   },
+    { "key-probe",  TCA_NEEDS_KEYS | TCA_NEEDS_PROBE, tca_metric_key_probe },
     { "key-norm",   TCA_NEEDS_KEYS,   tca_metric_key_norm   },
     { "value-norm", TCA_NEEDS_VALUES, tca_metric_value_norm },
     { "streaming",  0,                tca_metric_streaming  },

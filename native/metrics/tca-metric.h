@@ -9,6 +9,7 @@
 enum tca_metric_needs {
     TCA_NEEDS_KEYS   = 1,  // tca_metric_input::keys
     TCA_NEEDS_VALUES = 2,  // tca_metric_input::values
+    TCA_NEEDS_PROBE  = 4,  // tca_metric_input::probe: the budgets must carry one
 };
 
 // One group of one KV head. What the metric does not need may be NULL.
@@ -21,6 +22,7 @@ struct tca_metric_input {
     const double  * keys;       // [n_tokens, head_dim_k] before RoPE
     const float   * values;     // [n_tokens, head_dim_v], in a quantized cache multiplied by a Hadamard matrix (an isometry)
     const int32_t * positions;  // [n_tokens], increasing
+    const float   * probe;      // [head_dim_k], of this head
 };
 
 // importance [n_tokens] out: the larger, the longer the token stays; finite whatever the input holds, because it is sorted.
@@ -43,6 +45,7 @@ const tca_metric * tca_metric_at(int i);
 std::string tca_metric_names();
 
 void tca_metric_key_diff  (const tca_metric_input & in, double * importance);
+void tca_metric_key_probe (const tca_metric_input & in, double * importance);
 void tca_metric_key_norm  (const tca_metric_input & in, double * importance);
 void tca_metric_value_norm(const tca_metric_input & in, double * importance);
 void tca_metric_streaming (const tca_metric_input & in, double * importance);

@@ -38,6 +38,7 @@ struct tca_select_params {
     int32_t         hadamard;     // keys were multiplied by Hadamard matrices of this size (quantized caches); 0: not
     int32_t         layer;
     const struct tca_metric * metric;
+    const float *   probe;        // [n_head_kv, head_dim_k], if the metric uses one
 };
 
 enum tca_op {

@@ -77,6 +77,17 @@ static std::vector<double> key_norm(const tca_group & g, int hadamard) {
     return importance;
 }
 
+static std::vector<double> key_probe(const tca_group & g, int hadamard) {
+    const matrix x = plain_keys(g, hadamard);
+    const std::vector<double> probe(g.probe, g.probe + g.head_dim_k);
+    std::vector<double> importance(g.n_tokens);
+    for (int t = 0; t < g.n_tokens; ++t) {
+        const double value = dot(x[t], probe);
+        importance[t] = std::isfinite((float) value) ? value : -FLT_MAX;
+    }
+    return importance;
+}
+
 static std::vector<double> value_norm(const tca_group & g, int /*hadamard*/) {
     std::vector<double> importance(g.n_tokens);
     for (int t = 0; t < g.n_tokens; ++t) {
@@ -105,7 +116,7 @@ static std::vector<double> hashed(const tca_group & g, int /*hadamard*/) {
 }
 
 static const std::map<std::string, std::vector<double> (*)(const tca_group &, int)> METRICS = {
-    { "key-diff", key_diff }, { "key-norm", key_norm }, { "value-norm", value_norm }, { "streaming", streaming }, { "random", hashed },
+    { "key-diff", key_diff }, { "key-probe", key_probe }, { "key-norm", key_norm }, { "value-norm", value_norm }, { "streaming", streaming }, { "random", hashed },
 };
 
 int32_t tca_reference_select(const char * metric, const tca_group & g, int32_t hadamard, int32_t block_size, int32_t n_keep,

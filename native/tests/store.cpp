@@ -107,7 +107,8 @@ void test_store::expect_compact(region_t & r, int head, int64_t group, int32_t c
     const std::vector<float> values = to_f32(shape.type_v, r.v.data() + group*row_v, (int64_t) p.group_size*shape.dv);
     std::vector<int32_t> kept(p.group_size);
     std::vector<float>   scores(p.group_size);
-    const tca_group g = { p.group_size, shape.dk, shape.dv, p.layer, head, keys.data(), values.data(), r.pos.data() + group, &p.rope };
+    const tca_group g = { p.group_size, shape.dk, shape.dv, p.layer, head, keys.data(), values.data(), r.pos.data() + group, &p.rope,
+        p.probe ? p.probe + (size_t) head*shape.dk : nullptr };
     const int n = tca_reference_select(p.metric->name, g, p.hadamard, p.block_size, p.n_keep, p.keep_counts,
             p.configs + (size_t) config*p.n_keep, kept.data(), scores.data());
     region_t res = r;

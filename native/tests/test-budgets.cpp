@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <functional>
 #include <memory>
 
@@ -105,6 +106,16 @@ static std::vector<hostile> hostile_cases() {
     for (const char * metric : { "", "keydiff", "key-diff ", "Key-diff", "\x1b[2J\n\r\x7f\xff", "%s%s%n" }) {
         add("unknown", "tca.metric", [metric](gguf_context * g) { gguf_set_val_str(g, "tca.metric", metric); });
     }
+    const auto f32 = [&](const char * name, std::vector<float> values) {
+        add(name, "tca.probe", [values](gguf_context * g) { gguf_set_arr_data(g, "tca.probe", GGUF_TYPE_FLOAT32, values.data(), values.size()); });
+    };
+    add("needed", "tca.probe", [](gguf_context * g) { gguf_set_val_str(g, "tca.metric", "key-probe"); });
+    add("scalar", "tca.probe", [](gguf_context * g) { gguf_set_val_f32(g, "tca.probe", 1.0f); });
+    i32("integers", "tca.probe", std::vector<int32_t>(48, 1));
+    f32("not a multiple of the heads", std::vector<float>(47, 1.0f));
+    f32("NaN", std::vector<float>(48, NAN));
+    f32("infinite", std::vector<float>(48, INFINITY));
+    f32("larger than any head", std::vector<float>(6*(TCA_MAX_PROBE + 1), 0.0f));
     add("long", "tca.metric", [](gguf_context * g) { gguf_set_val_str(g, "tca.metric", std::string(100000, 'x').c_str()); });
 
     i32("empty", "tca.keep_counts", {});
@@ -189,6 +200,11 @@ TEST(valid_budgets) {
 
 TEST(valid_at_the_limits) {
     const std::vector<std::function<void(gguf_context *)>> changes = {
+        [](gguf_context * g) {
+            const std::vector<float> probe(6*TCA_MAX_PROBE, -1.0f);
+            gguf_set_val_str(g, "tca.metric", "key-probe");
+            gguf_set_arr_data(g, "tca.probe", GGUF_TYPE_FLOAT32, probe.data(), probe.size());
+        },
         [](gguf_context * g) { gguf_remove_key(g, "tca.enabled"); },
         [](gguf_context * g) { gguf_remove_key(g, "tca.kept_fraction"); gguf_remove_key(g, "tca.calibration.tokens"); },
         [](gguf_context * g) { gguf_set_val_u32(g, "tca.sinks", 0); gguf_set_val_u32(g, "tca.window", 1); },
@@ -256,11 +272,17 @@ TEST(hostile_metadata) {
 
 TEST(hostile_budgets_through_the_c_api) {
     const int32_t keep_counts[] = { 1, 8 }, configs[] = { 4, 0 }, head_config[] = { 0 };
-    const tca_budgets good = { 1, 8, 32, 16, 4, "key-diff", 2, keep_counts, 1, configs, 1, 1, head_config };
+    const float probe[] = { 0.5f, -1.0f }, broken[] = { 1.0f, NAN };
+    const tca_budgets good = { 1, 8, 32, 16, 4, "key-diff", 2, keep_counts, 1, configs, 1, 1, head_config, 0, nullptr };
     CHECK(tca_budgets_check(&good) == TCA_OK, "%s", tca_last_error());
     for (int i = 0; tca_metric_name(i) != nullptr; ++i) {
         tca_budgets b = good;
         b.metric = tca_metric_name(i);
+        if (strcmp(b.metric, "key-probe") == 0) {
+            CHECK(tca_budgets_check(&b) == TCA_ERR_BUDGETS && strstr(tca_last_error(), "tca.probe is missing"), "%s", tca_last_error());
+            b.n_probe = 2;
+            b.probe   = probe;
+        }
         CHECK(tca_budgets_check(&b) == TCA_OK, "%s: %s", b.metric, tca_last_error());
     }
     const std::vector<std::pair<const char *, std::function<void(tca_budgets &)>>> changes = {
@@ -274,6 +296,9 @@ TEST(hostile_budgets_through_the_c_api) {
         { "tca.head_config", [](tca_budgets & b) { b.head_config = nullptr;   } },
         { "tca.head_config", [](tca_budgets & b) { b.n_layer     = 0;         } },
         { "tca.head_config", [](tca_budgets & b) { b.n_head_kv   = 0;         } },
+        { "tca.probe",       [](tca_budgets & b) { b.n_probe     = 2;         } },
+        { "tca.probe",       [&](tca_budgets & b) { b.n_probe    = UINT_MAX; b.probe = probe; } },
+        { "tca.probe[1]",    [&](tca_budgets & b) { b.n_probe    = 2; b.probe = broken; } },
     };
     for (const auto & [words, change] : changes) {
         tca_budgets b = good;

@@ -88,6 +88,11 @@ static void run_pipeline(const pipeline_case & c, int n_threads, uint64_t seed, 
     select.hadamard    = c.hadamard;
     select.layer       = seed % 7;
     select.metric      = tca_metric_find(c.metric);
+    std::vector<float> probe(c.n_head_kv*c.dk);
+    for (float & x : probe) {
+        x = rng.normal();
+    }
+    select.probe = probe.data();
 
     std::vector<tca_seq_state> states(c.n_streams);
     std::vector<int32_t> pos0(c.n_streams);

@@ -59,6 +59,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
               help="Mean share of the evicted region's tokens that heads keep.  [default: 0.39]")  # fmt: skip
 @click.option("--max-error", type=Number(0.0, above=True),
               help="Largest relative error of any head's output, such as 0.1. Without --keep every head keeps as little as that allows.")  # fmt: skip
+@click.option("--metric", default="key-diff", show_default=True, metavar="NAME",
+              help="How tokens are ranked: key-diff, key-probe or a baseline (docs/gguf-keys.md).")  # fmt: skip
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
               help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
 @click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")
@@ -72,6 +74,7 @@ def embed_budgets(
     output: Path | None,
     keep: float | None,
     max_error: float | None,
+    metric: str,
     texts: tuple[Path, ...],
     tokens: int | None,
     seed: int,
@@ -91,8 +94,10 @@ def embed_budgets(
       tca-gguf embed-budgets model.gguf
       tca-gguf embed-budgets model.gguf -o model-tca.gguf --keep 0.25
     """
-    from tca_gguf import calib, llama, logs
+    from tca_gguf import calib, llama, logs, native
 
+    if metric not in native.metrics():
+        raise TcaError(f"--metric {metric!r} is unknown; this build knows: {', '.join(native.metrics())}")
     target = output or model
     # whatever would stop the writing is said before the minutes of calibration
     shape = gguf_file.model_shape(model) if dry_run else gguf_file.check_embeddable(model, target)
@@ -100,7 +105,7 @@ def embed_budgets(
     logs.take_over(llama.load(), verbose)
     with progress_bar() as advance:
         budgets = calib.calibrate(
-            model, keep=keep, max_error=max_error, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
+            model, keep=keep, max_error=max_error, metric=metric, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
         )
         if not dry_run:
             gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))

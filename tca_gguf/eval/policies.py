@@ -52,8 +52,12 @@ def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEE
     return np.array(min(sorted(rows), key=lambda row: abs(float(kept @ np.array(row)) - keep * layout.group_size)), np.int32)
 
 
-def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout, full: Sequence[int] | None = None) -> Budgets:
+def uniform_budgets(
+    shape: ModelShape, metric: str, keep: float, layout: Layout, full: Sequence[int] | None = None, probe: np.ndarray | None = None
+) -> Budgets:
     """The same configuration for every head of the layers with full attention, ``full`` (None: all are); at 1, all dense.
+
+    probe: for the metric that uses one; the budgets of a file that was calibrated for it carry one.
 
     Raises TcaError if the runtime does not know the metric.
     """
@@ -63,7 +67,7 @@ def uniform_budgets(shape: ModelShape, metric: str, keep: float, layout: Layout,
     heads[slice(None) if full is None else list(full)] = DENSE_HEAD if keep == 1 else 0
     fraction = 1.0 if keep == 1 else float(np.asarray(keep_counts) @ row) / layout.group_size
     budgets = Budgets(FORMAT_VERSION, layout.block_size, layout.group_size, layout.window, layout.sinks, metric, keep_counts,
-                      row[None, :], heads, fraction)  # fmt: skip
+                      row[None, :], heads, fraction, probe=probe)  # fmt: skip
     budgets.check()
     return budgets
 
@@ -92,7 +96,7 @@ def make_policies(
     layout = layout_of(own)
 
     def uniform(metric: str, keep: float) -> Budgets:
-        return uniform_budgets(shape, metric, keep, layout, full())
+        return uniform_budgets(shape, metric, keep, layout, full(), own.probe if own is not None else None)
 
     once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, uniform)) is not None]
     others = [name for name in names if name not in DENSE_TYPES and not name.endswith(".gguf") and "@" not in name]

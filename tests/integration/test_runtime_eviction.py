@@ -122,8 +122,13 @@ def test_cache_types(tca_model: Path, stock_model: Path, budgets: Budgets, ids: 
         assert np.isfinite(again).all()
 
 
-def test_the_first_layer_keeps_what_the_reference_selects(tca_model: Path, stock_model: Path, budgets: Budgets, ids: list[int]) -> None:
+@pytest.mark.parametrize("metric", ["key-diff", "key-probe"])
+def test_the_first_layer_keeps_what_the_reference_selects(metric: str, stock_model: Path, tmp_path: Path, ids: list[int]) -> None:
     """Keys of the first layer do not depend on any attention: captured over the stock cache, they decide alone."""
+    shape = gguf_file.model_shape(stock_model)
+    probe = np.random.default_rng(2).standard_normal((shape.n_layer, shape.n_head_kv, shape.head_dim_k)).astype(np.float32)
+    budgets = make_budgets(stock_model, metric=metric, probe=probe if metric == "key-probe" else None)
+    gguf_file.embed_budgets(stock_model, tmp_path / "model.gguf", budgets)
     keys = []
 
     def capture(layer: native.LayerQKV) -> None:
@@ -144,7 +149,7 @@ def test_the_first_layer_keeps_what_the_reference_selects(tca_model: Path, stock
         C.feed(ids[:N])
     assert captured.error is None and len(keys) == 1 and keys[0].shape[1] == N
 
-    with Context(tca_model) as c:
+    with Context(tmp_path / "model.gguf") as c:
         c.feed(ids[:N])
         rope = native.context_rope(c.address, 0)
         assert rope.type == 1 and rope.n_rot == 64 and rope.scale == pytest.approx(1.0)
@@ -156,7 +161,8 @@ def test_the_first_layer_keeps_what_the_reference_selects(tca_model: Path, stock
             for group in range(groups):
                 span = np.arange(SINKS + group * GROUP, SINKS + (group + 1) * GROUP)
                 if config >= 0:
-                    kept, _ = native.select(keys[0][head, span], span, rope, BLOCK, budgets.keep_counts, budgets.configs[config], impl="reference")
+                    kept, _ = native.select(keys[0][head, span], span, rope, BLOCK, budgets.keep_counts, budgets.configs[config],
+                                            metric, "reference", probe=probe[0, head])  # fmt: skip
                     span = span[kept]
                     n_sparse += 1
                 want += span.tolist()

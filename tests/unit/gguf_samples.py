@@ -12,7 +12,7 @@ from tca_gguf.budgets import Budgets, Calibration
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 8
 
 
-def make_budgets(seed: int = 0, n_layer: int = N_LAYER, n_head_kv: int = N_HEAD_KV, calibrated: bool = True) -> Budgets:
+def make_budgets(seed: int = 0, n_layer: int = N_LAYER, n_head_kv: int = N_HEAD_KV, calibrated: bool = True, metric: str = "key-diff") -> Budgets:
     rng = np.random.default_rng(seed)
     configs = np.array([[32, 0, 0, 0, 0], [16, 8, 4, 2, 2], [0, 8, 8, 8, 8], [0, 0, 0, 0, 32]], np.int32)
     head_config = rng.integers(-1, len(configs), (n_layer, n_head_kv), dtype=np.int32)
@@ -20,7 +20,8 @@ def make_budgets(seed: int = 0, n_layer: int = N_LAYER, n_head_kv: int = N_HEAD_
     calibration = Calibration(6000, "ab" * 32, float(np.float32(0.39)), seed, errors, 4 * errors) if calibrated else None
     budgets = Budgets(1, 16, 512, 496, 16, "key-diff", (1, 2, 4, 8, 16), configs, head_config, 0.0, True, calibration)
     kept = float(np.float32(budgets.head_kept_fraction().mean()))
-    return Budgets(1, 16, 512, 496, 16, "key-diff", (1, 2, 4, 8, 16), configs, head_config, kept, True, calibration)
+    probe = rng.standard_normal((n_layer, n_head_kv, HEAD_DIM)).astype(np.float32) if metric == "key-probe" else None
+    return Budgets(1, 16, 512, 496, 16, metric, (1, 2, 4, 8, 16), configs, head_config, kept, True, calibration, probe)
 
 
 def same_budgets(a: Budgets, b: Budgets) -> bool:
@@ -28,6 +29,8 @@ def same_budgets(a: Budgets, b: Budgets) -> bool:
     if any(getattr(a, name) != getattr(b, name) for name in scalars):
         return False
     if not (np.array_equal(a.configs, b.configs) and np.array_equal(a.head_config, b.head_config)):
+        return False
+    if (a.probe is None) != (b.probe is None) or (a.probe is not None and not np.array_equal(a.probe, b.probe)):
         return False
     if (a.calibration is None) != (b.calibration is None):
         return False

@@ -13,13 +13,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Group:
-    """keys: [n, dk] before the rotary embedding, values: [n, dv], positions: [n]; layer, head: which head it is."""
+    """keys: [n, dk] before the rotary embedding, values: [n, dv], positions: [n]; layer, head: which head it is; probe: [dk]."""
 
     keys: np.ndarray
     values: np.ndarray
     positions: np.ndarray
     layer: int = 0
     head: int = 0
+    probe: np.ndarray | None = None
 
 
 def unrotate(keys: np.ndarray, positions: np.ndarray, rope_type: str, n_rot: int, scale: float, freqs: np.ndarray) -> np.ndarray:
@@ -65,6 +66,7 @@ def random(group: Group) -> np.ndarray:
 
 METRICS = {
     "key-diff": lambda group: importance(group.keys),
+    "key-probe": lambda group: (group.keys * group.probe).sum(axis=1),
     "key-norm": lambda group: -np.linalg.norm(group.keys, axis=1),
     "value-norm": lambda group: np.linalg.norm(group.values, axis=1),
     "streaming": lambda group: group.positions.astype(np.float64),

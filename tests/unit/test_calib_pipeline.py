@@ -9,10 +9,11 @@ import pytest
 from reference_select import importance
 
 from tca_gguf.budgets import SLIDING
-from tca_gguf.calib.capture import run_capture
+from tca_gguf.calib.capture import run_capture, run_probe_fit
 from tca_gguf.calib.configs import config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
-from tca_gguf.calib.pipeline import Measurement, choose_budgets
+from tca_gguf.calib.pipeline import Measurement, choose_budgets, part_of
+from tca_gguf.calib.probe import ProbeFit
 from tca_gguf.calib.stream import Layout
 from tca_gguf.calib.texts import KINDS, CalibrationText
 from tca_gguf.errors import TcaError
@@ -165,6 +166,16 @@ def test_layers_that_slide_get_no_budget(fake_native, monkeypatch):
         assert np.isnan(budgets.head_kept_fraction()[[0, 2, 3]]).all()
         assert np.nanmean(budgets.head_kept_fraction()) == pytest.approx(budgets.kept_fraction)
         assert (budgets.calibration.errors[[0, 2, 3]] == 0).all()
+
+
+def test_the_probe_is_fitted_layer_by_layer(fake_native):
+    fit = ProbeFit(LAYOUT, len(KINDS), N_LAYER, N_HEAD_KV, len(TEXT.tokens), TEXT.queries, TEXT.kinds)
+    seen = []
+    probe = run_probe_fit(FakeSession, fit, N_LAYER, TEXT, part_of(lambda *args: seen.append(args), 0, 2))
+    assert probe.shape == (N_LAYER, N_HEAD_KV, DIM) and probe.dtype == np.float32
+    for layer in range(N_LAYER):
+        assert (np.abs(probe[layer]).max() > 0) == (layer not in SLIDING_LAYERS)
+    assert seen[-1][:2] == (len(seen), 2 * len(seen))  # the first of two passes
 
 
 def test_errors_in_the_callback_come_back_as_they_are(fake_native):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFEndian, GGUFReader, GGUFValueType
-from gguf_samples import EVERY_TYPE, N_HEAD_KV, N_LAYER, make_budgets, same_budgets, write_gguf
+from gguf_samples import EVERY_TYPE, HEAD_DIM, N_HEAD_KV, N_LAYER, make_budgets, same_budgets, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +85,14 @@ def test_key_types_are_those_of_the_format(tmp_path):
         "tca.calibration.error": ("ARRAY", "FLOAT32"),
         "tca.calibration.bound": ("ARRAY", "FLOAT32"),
     }
+
+
+def test_a_probe_survives_and_fits_the_model(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf")
+    original = path.read_bytes()
+    embed_budgets(path, path, make_budgets(4, metric="key-probe"))
+    assert same_budgets(read_budgets(path), make_budgets(4, metric="key-probe"))
+    assert strip_budgets(path, path) and path.read_bytes() == original
 
 
 def test_embedding_again_replaces_every_key(tmp_path):
@@ -230,6 +238,10 @@ HOSTILE = [
     ("tca.head_config", ([-2] + [0] * (N_LAYER * N_HEAD_KV - 1), ARRAY, I32)),
     ("tca.head_config", ([0] * (N_LAYER * N_HEAD_KV), ARRAY, GGUFValueType.INT64)),
     ("tca.head_config", ([[0, 0]] * N_LAYER, ARRAY, ARRAY)),
+    ("tca.probe", (1.0, F32)),
+    ("tca.probe", ([1] * (N_LAYER * N_HEAD_KV * HEAD_DIM), ARRAY, I32)),
+    ("tca.probe", ([1.0] * (N_LAYER * N_HEAD_KV * HEAD_DIM - 1), ARRAY, F32)),
+    ("tca.probe", ([float("nan")] * (N_LAYER * N_HEAD_KV * HEAD_DIM), ARRAY, F32)),
     ("tca.kept_fraction", None),
     ("tca.kept_fraction", (-0.1, F32)),
     ("tca.kept_fraction", (1.1, F32)),

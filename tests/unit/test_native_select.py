@@ -25,10 +25,11 @@ class Case:
     counts: list[int]
     layer: int
     head: int
+    probe: np.ndarray
 
     def select(self, metric: str, impl: native.Impl) -> tuple[np.ndarray, np.ndarray]:
         return native.select(self.keys, self.positions, self.rope, self.block, self.keep, self.counts, metric, impl,
-                             values=self.values, layer=self.layer, head=self.head)  # fmt: skip
+                             values=self.values, probe=self.probe, layer=self.layer, head=self.head)  # fmt: skip
 
 
 def make_case(seed: int) -> Case:
@@ -68,16 +69,17 @@ def make_case(seed: int) -> Case:
     if kind == "duplicates":
         values = values[rng.integers(0, max(1, n // 3), n)]
     return Case(keys.astype(np.float32), values.astype(np.float32), positions.astype(np.int32), rope, block, keep, counts,
-                int(rng.integers(0, 200)), int(rng.integers(0, 130)))  # fmt: skip
+                int(rng.integers(0, 200)), int(rng.integers(0, 130)), rng.normal(size=dim).astype(np.float32))  # fmt: skip
 
 
 def numpy_select(case: Case, metric: str) -> tuple[list[int], np.ndarray]:
     rope = case.rope or native.Rope(0, 0, 1.0, np.zeros(0, np.float32))
     keys = reference_select.unrotate(case.keys, case.positions, ROPE_NAMES[rope.type], rope.n_rot, rope.scale, rope.freqs)
-    group = reference_select.Group(keys, case.values.astype(np.float64), case.positions, case.layer, case.head)
+    group = reference_select.Group(keys, case.values.astype(np.float64), case.positions, case.layer, case.head,
+                                   case.probe.astype(np.float64))  # fmt: skip
     scores = reference_select.METRICS[metric](group)
     # numpy's sums may give equal rows values that differ in the last bits: rounding makes them tie again
-    unit = (np.abs(scores).max() or 1.0) if metric in ("key-norm", "value-norm") else 1.0
+    unit = (np.abs(scores).max() or 1.0) if metric in ("key-norm", "key-probe", "value-norm") else 1.0
     scores = np.round(scores / unit, 10) * unit
     return reference_select.select(scores, case.block, case.keep, case.counts), scores
 
@@ -157,9 +159,10 @@ def test_values_that_are_no_numbers_do_no_harm(value: float, metric: str) -> Non
         for array in (keys, values):
             array[rng.integers(0, 64, 1 + seed % 3), rng.integers(0, 16)] = value
         args = (keys, np.arange(64), None, 16, [1, 4, 16], [1, 2, 1], metric)
-        kept, scores = native.select(*args, impl="cpu", values=values)
+        given = {"values": values, "probe": np.linspace(-1, 1, 16)}
+        kept, scores = native.select(*args, impl="cpu", **given)
         assert len(kept) == 25 and np.isfinite(scores).all() and (np.diff(kept) > 0).all()
-        np.testing.assert_array_equal(kept, native.select(*args, impl="reference", values=values)[0])
+        np.testing.assert_array_equal(kept, native.select(*args, impl="reference", **given)[0])
 
 
 def test_random_is_even_and_differs_between_heads() -> None:
@@ -182,6 +185,8 @@ def test_streaming_keeps_the_newest() -> None:
     [
         ({"metric": "nothing"}, "unknown metric, this build knows: key-diff, "),
         ({"metric": "value-norm"}, "looks at values, none were given"),
+        ({"metric": "key-probe"}, "needs a probe, none was given"),
+        ({"metric": "key-probe", "probe": np.ones(9)}, "head_dim = 8 is needed"),
         ({"metric": "value-norm", "values": np.ones((31, 8))}, "n = 32 is needed"),
         ({"block_size": 5}, "multiple of block_size"),
         ({"block_size": 0}, "multiple of block_size"),
