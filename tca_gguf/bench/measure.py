@@ -32,7 +32,7 @@ from tca_gguf.gguf_file import ModelShape, model_shape
 from tca_gguf.loading import UBATCH, default_threads
 
 from .cases import TESTS, Case, Settings, ggml_type, groups, resolve
-from .machine import hardware, limits
+from .machine import Limits, hardware
 from .results import Attention, Result, Sample, attention_work, rows_of, stall
 from .runner import Runner
 
@@ -68,11 +68,12 @@ def run(
     if settings.depths[-1] + UBATCH > shape.n_ctx_train > 0:
         report(f"note: depth {settings.depths[-1]} is past the {shape.n_ctx_train} tokens that the model was trained with")
     log = logs.take_over(llama.load(), verbose)
-    result = Result(hardware() | limits(threads), {"model": path.name, **asdict(settings), "n_ubatch": UBATCH, "seed": SEED})
+    limits = Limits(threads)
+    result = Result(hardware() | limits.measure(), {"model": path.name, **asdict(settings), "n_ubatch": UBATCH, "seed": SEED})
     try:
         with Model(path, n_gpu_layers=settings.n_gpu_layers) as model:
             for cases in plan:
-                _Group(result, model, shape, cases, budgets, settings, report, log).measure(on_depth)
+                _Group(result, limits, model, shape, cases, budgets, settings, report, log).measure(on_depth)
     except KeyboardInterrupt:
         result.interrupted = True
     return result
@@ -100,6 +101,7 @@ class _Group:
     def __init__(
         self,
         result: Result,
+        limits: Limits,
         model: Model,
         shape: ModelShape,
         cases: Sequence[Case],
@@ -109,7 +111,7 @@ class _Group:
         log: logs.LlamaLog,
     ) -> None:
         self.result, self.model, self.shape, self.cases, self.budgets = result, model, shape, cases, budgets
-        self.settings, self.report, self.log = settings, report, log
+        self.settings, self.report, self.log, self.limits = settings, report, log, limits
         last = settings.depths[-1]
         rng = random.Random(SEED)
         self.ends = {name: next_compaction(b, last) for name, b in budgets.items()}
@@ -180,6 +182,7 @@ class _Group:
         tests: dict[str, Callable[[Runner, Sample, bool], None]] = {"prefill": self._prefill, "decode": self._decode}
         if not any(test in self.settings.tests for test in tests):
             return
+        self.result.hardware |= self.limits.measure()
         for runner in runners:
             runner.keep()
         for test, measure in tests.items():

@@ -236,7 +236,8 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "Runner", FakeRunner)
     monkeypatch.setattr(llama, "load", lambda: None)
     monkeypatch.setattr(logs, "take_over", lambda *_: None)
-    monkeypatch.setattr(measure, "limits", lambda n: {"threads": n, "read_gbps": 10.0, "fma_gflops": 100.0})
+    speeds = iter([(40e9, 400e9), (20e9, 500e9), (30e9, 450e9)] * 9)
+    monkeypatch.setattr(native, "machine_limits", lambda n_threads: next(speeds))
     monkeypatch.setattr(FakeRunner, "log", [])
     monkeypatch.setattr(FakeRunner, "interrupt_at", 0)
     path = write_gguf(tmp_path / "m.gguf")
@@ -250,6 +251,8 @@ def test_contexts_are_filled_once_and_whole_prompts_come_with_it(fake):
     result = bench.run(fake, settings, lambda text: None, lambda r: told.append(len(r.rows)))
     assert [(depth) for label, what, depth in FakeRunner.log if what == "extend" and label == "fa=0 f16"] == [512, 1024, 2048]
     assert told == [6, 12, 18] and not result.interrupted
+    # at the start and at each depth
+    assert result.hardware["read_gbps_all"] == [40, 20, 30, 40] and result.hardware["read_gbps"] == 35 and result.hardware["fma_gflops"] == 425
     assert [(r.depth, r.test, r.budgets) for r in result.rows] == [
         (d, t, b) for d in (512, 1024, 2048) for t in ("prefill", "decode", "whole") for b in ("0.39", "dense")
     ]
