@@ -61,12 +61,15 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     tests = series(results)
     if not tests:
         raise TcaError("there is nothing to plot: no depth was finished")
+    labels = list(dict.fromkeys(label for lines in tests.values() for label in lines))
+    colour = {label: f"C{i % 10}" for i, label in enumerate(labels)}  # the same in every panel
     figure = Figure(figsize=(5.2 * len(tests), 4.2))
     FigureCanvasAgg(figure)
     for axes, (test, lines) in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests.items(), strict=True):
         for label, points in lines.items():
             depths, rates = zip(*points, strict=True)
-            axes.plot(depths, rates, marker="o", markersize=4, linestyle="--" if label.startswith("stock") else "-", label=label)
+            style = "--" if label.startswith("stock") else "-"
+            axes.plot(depths, rates, marker="o", markersize=4, linestyle=style, color=colour[label], label=label)
         marks = sorted({depth for points in lines.values() for depth, _ in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(marks, [f"{d // 1024}K" if d % 1024 == 0 else str(d) for d in marks])
