@@ -6,6 +6,7 @@ capture        one forward pass, each layer's Q, K, V evaluated in the callback
 stream         the runtime's streaming rule: which tokens a query sees
 configs        the log-Gaussian family of configurations
 probe          a vector a head that tells from a key how much its token will matter
+contribution   what a head adds to its layer: lengths behind the output projection
 evaluate       output error and dropped attention mass per head and configuration
 allocate       one configuration a head at a target mean kept fraction
 pipeline       all of it in order

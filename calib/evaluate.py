@@ -9,6 +9,9 @@ after that a configuration costs n_keep additions whatever the length of the tex
 The bound beside the error needs no ``o_hat``: with the dropped mass ``d``, ``u`` the mean of the dropped values and ``c`` any
 fixed point, ``o - o_hat = d (u - o_hat)`` and both are means of values, so ``||o - o_hat|| <= d (max over the tokens that can be
 dropped of ||v - c|| + max over all tokens of ||v - c||)``. docs/calibration.md derives it.
+
+What budgets minimise is the error as the layer sees it: ``||W_h (o - o_hat)||^2``, ``W_h`` the head's part of the output
+projection, in relation to what all heads of the layer add (`contribution`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .contribution import Grams, equal_heads
 from .stream import GroupOrder, Layout, blocks_at_least
 
 
@@ -26,12 +30,15 @@ class HeadErrors:
     """float32 [n_configs, n_rep, n_queries] each.
 
     error: relative output error; dropped: dense attention mass not kept; bound: what the dropped mass and the lengths of the
-    values allow the error to be at most.
+    values allow the error to be at most; lost: squared length of what is missing behind the output projection.
+    added: [n_rep, n_queries], squared length of what the dense head adds there.
     """
 
     error: np.ndarray
     dropped: np.ndarray
     bound: np.ndarray
+    lost: np.ndarray
+    added: np.ndarray
 
 
 def head_errors(
@@ -45,6 +52,7 @@ def head_errors(
     orders: Sequence[GroupOrder],
     keep_counts: Sequence[int],
     configs: np.ndarray,
+    grams: np.ndarray,
 ) -> HeadErrors:
     """Evaluates all configurations for one KV head.
 
@@ -53,6 +61,7 @@ def head_errors(
     k, v: [n_kv, head_dim], keys and values of the text from its first token on
     orders: order of each group that some query sees compacted
     configs: [n_configs, n_keep]
+    grams: [n_rep, head_dim_v, head_dim_v], W_h^T W_h of the query heads
     """
     n_rep, n_queries, dk = q.shape
     dv = v.shape[1]
@@ -104,15 +113,25 @@ def head_errors(
     reach = np.tile(value_reach(v[:n_kv], queries, n_compacted, layout), n_rep) / norm
     error = np.empty((len(configs), rows), np.float32)
     dropped = np.empty((len(configs), rows), np.float32)
+    lost = np.empty((len(configs), rows), np.float32)
+
+    def squared_length(x: np.ndarray) -> np.ndarray:
+        """||W_h x||^2 of every row, [rows, dv] -> [rows]."""
+        x = x.reshape(n_rep, n_queries, dv)
+        return np.maximum((np.matmul(x, grams) * x).sum(axis=2), 0).reshape(rows)
+
     for c, n_at_least in enumerate(blocks_at_least(configs)):
         part = dense_part.copy()
         for j in range(n_keep):
             part += prefix[j, n_at_least[j]]
         mass = np.maximum(part[:, dv:], np.float32(1e-30))
-        error[c] = np.linalg.norm(part[:, :dv] / mass - out, axis=1) / norm
+        missing = part[:, :dv] / mass - out
+        error[c] = np.linalg.norm(missing, axis=1) / norm
+        lost[c] = squared_length(missing)
         dropped[c] = np.maximum(1.0 - part[:, dv] / full[:, dv], 0.0)
     shape = (len(configs), n_rep, n_queries)
-    return HeadErrors(error=error.reshape(shape), dropped=dropped.reshape(shape), bound=(dropped * reach).reshape(shape))
+    return HeadErrors(error=error.reshape(shape), dropped=dropped.reshape(shape), bound=(dropped * reach).reshape(shape),
+                      lost=lost.reshape(shape), added=squared_length(out).reshape(shape[1:]))  # fmt: skip
 
 
 def value_reach(v: np.ndarray, queries: np.ndarray, n_compacted: np.ndarray, layout: Layout) -> np.ndarray:
@@ -133,7 +152,8 @@ def value_reach(v: np.ndarray, queries: np.ndarray, n_compacted: np.ndarray, lay
 class ErrorTable:
     """Running means over all evaluated queries.
 
-    error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], sums until the mean is asked for.
+    error, dropped, bound, lost: float64 [n_kind, n_layer, n_head_kv, n_configs], sums until the mean is asked for.
+    grams: see `contribution`.
     """
 
     kinds: tuple[str, ...]
@@ -142,12 +162,15 @@ class ErrorTable:
     configs: np.ndarray
     n_layer: int
     n_head_kv: int
+    grams: Grams = equal_heads
 
     def __post_init__(self) -> None:
         shape = (len(self.kinds), self.n_layer, self.n_head_kv, len(self.configs))
         self.error_sum = np.zeros(shape)
         self.dropped_sum = np.zeros(shape)
         self.bound_sum = np.zeros(shape)
+        self.lost_sum = np.zeros(shape)
+        self.added_sum = np.zeros(shape[:2])
         self.count = np.zeros((len(self.kinds), self.n_layer), dtype=np.int64)
         self._orders: dict[tuple[int, int], list[GroupOrder]] = {}
 
@@ -174,6 +197,7 @@ class ErrorTable:
             return
         n_rep = q.shape[0] // self.n_head_kv
         n_groups = self.layout.compacted(int(queries.max()))
+        grams = self.grams(layer, q.shape[0], v.shape[2])
         for h in range(self.n_head_kv):
             # groups are ranked once and remembered for later micro-batches
             orders = self._orders.setdefault((layer, h), [])
@@ -181,11 +205,13 @@ class ErrorTable:
                 orders.append(order(h, self.layout.group(g)))
             sampled = q[h * n_rep : (h + 1) * n_rep, queries - first_query]
             result = head_errors(np.ascontiguousarray(sampled), queries, k[h], v[h], scale, softcap, self.layout, orders,
-                                 self.keep_counts, self.configs)
+                                 self.keep_counts, self.configs, grams[h * n_rep : (h + 1) * n_rep])
             for kind in range(len(self.kinds)):
                 mine = kind_of == kind
                 for total, value in ((self.error_sum, result.error), (self.dropped_sum, result.dropped), (self.bound_sum, result.bound)):
                     total[kind, layer, h] += value[:, :, mine].mean(axis=1, dtype=np.float64).sum(axis=1)
+                self.lost_sum[kind, layer, h] += result.lost[:, :, mine].sum(axis=(1, 2), dtype=np.float64)
+                self.added_sum[kind, layer] += result.added[:, mine].sum(dtype=np.float64)
         for kind in range(len(self.kinds)):
             self.count[kind, layer] += int((kind_of == kind).sum())
 
@@ -200,6 +226,10 @@ class ErrorTable:
     def mean_bound(self) -> np.ndarray:
         """Mean of the bounds on the errors, same shape; nowhere below `mean_error`."""
         return self._mean(self.bound_sum)
+
+    def lost_share(self) -> np.ndarray:
+        """What the layer's output loses by a head, squared, in relation to what all its heads add; same shape."""
+        return self.lost_sum / np.maximum(self.added_sum, 1e-30)[:, :, None, None]
 
     def _mean(self, total: np.ndarray) -> np.ndarray:
         return total / np.maximum(self.count, 1)[:, :, None, None]

@@ -14,6 +14,7 @@ from tca_gguf.errors import TcaError
 from .allocate import DENSE, allocate, sparsest_within
 from .capture import Progress, run_capture, run_probe_fit
 from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
+from .contribution import output_grams
 from .evaluate import ErrorTable
 from .probe import METRIC as PROBE_METRIC
 from .probe import ProbeFit
@@ -39,7 +40,8 @@ class Measurement:
     """What one forward pass measured; every budget for this model and text follows from it.
 
     error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error, dropped attention mass,
-    and the bound on the error that follows from it. full: the layers with full attention; the others, whose attention slides
+    and the bound on the error that follows from it. lost: the same shape, what the layer's output loses by the head, squared and
+    relative (`ErrorTable.lost_share`). full: the layers with full attention; the others, whose attention slides
     over a window, get no budget. probe: what the metric "key-probe" uses, float32 [n_layer, n_head_kv, head_dim_k].
     """
 
@@ -52,20 +54,21 @@ class Measurement:
     error: np.ndarray
     dropped: np.ndarray
     bound: np.ndarray
+    lost: np.ndarray
     n_tokens: int
     text_sha256: str
     full: tuple[int, ...]
     probe: np.ndarray | None = None
 
     def combined(self) -> np.ndarray:
-        """What allocation minimises, [n_layer, n_head_kv, n_configs]: the kinds' errors on one scale, averaged."""
+        """What allocation minimises, [n_layer, n_head_kv, n_configs]: what is lost, the kinds on one scale, averaged."""
         yard = np.array(integer_counts(*YARDSTICK, self.layout.n_blocks, self.keep_counts))
         row = int(np.flatnonzero((self.configs == yard).all(axis=1))[0])
-        level = self.error[:, :, :, row].mean(axis=(1, 2))
+        level = self.lost[:, :, :, row].mean(axis=(1, 2))
         used = level > 0
         if not used.any():
-            return self.error.mean(axis=0)
-        return (self.error[used] / level[used][:, None, None, None]).mean(axis=0) * level[used].mean()
+            return self.lost.mean(axis=0)
+        return (self.lost[used] / level[used][:, None, None, None]).mean(axis=0) * level[used].mean()
 
     def head_error(self) -> np.ndarray:
         """Relative output error averaged over the kinds that had queries, [n_layer, n_head_kv, n_configs]."""
@@ -108,7 +111,7 @@ def measure(
             )
         text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
         fitted = compose(session.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
-        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv)
+        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv, output_grams(model_path))
 
     def session_for(capture: object) -> Session:
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
@@ -121,7 +124,7 @@ def measure(
         progress = part_of(progress, 1, 2)
     full = run_capture(session_for, table, text, metric, progress, probe)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
-                       table.mean_bound(), len(text.tokens), text.sha256, tuple(full), probe)  # fmt: skip
+                       table.mean_bound(), table.lost_share(), len(text.tokens), text.sha256, tuple(full), probe)  # fmt: skip
 
 
 def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None:
@@ -134,7 +137,7 @@ def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None
 def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None) -> Budgets:
     """Budgets from what was measured.
 
-    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); the summed error is least.
+    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); what layers lose is least in sum.
     max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
     paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
     """

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from reference_select import importance
 
 from tca_gguf.calib.configs import config_grid
+from tca_gguf.calib.contribution import equal_heads
 from tca_gguf.calib.evaluate import ErrorTable, head_errors
 from tca_gguf.calib.stream import Layout, kept_tokens, order_group, visible
 
@@ -52,7 +53,7 @@ def test_equals_the_definition(seed, softcap, sharp):
     queries = np.array([3, 31, 32, 47, 48, 63, 64, 80, 89])  # on both sides of the boundaries
     orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
     configs = config_grid(LAYOUT.n_blocks, KEEP)
-    got = head_errors(q[:, queries], queries, k, v, 0.35, softcap, LAYOUT, orders, KEEP, configs)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, softcap, LAYOUT, orders, KEEP, configs, equal_heads(0, len(q), v.shape[1]))
     for c, counts in enumerate(configs):
         error, dropped = naive(q[:, queries], queries, k, v, 0.35, softcap, LAYOUT, orders, KEEP, counts)
         np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
@@ -66,7 +67,7 @@ def test_other_keep_counts(keep):
     queries = np.array([40, 70, 89])
     orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
     configs = config_grid(LAYOUT.n_blocks, keep)
-    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, keep, configs)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, keep, configs, equal_heads(0, len(q), v.shape[1]))
     for c, counts in enumerate(configs):
         error, dropped = naive(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, keep, counts)
         np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
@@ -86,7 +87,7 @@ def test_the_error_never_exceeds_its_bound(seed, sharp, shift, outlier, size, dv
     queries = np.array([31, 32, 48, 64, 89])
     orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
     configs = config_grid(LAYOUT.n_blocks, KEEP)[::5]
-    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, configs)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, configs, equal_heads(0, len(q), v.shape[1]))
     for c, counts in enumerate(configs):
         error, dropped = naive(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, counts)
         # what float32 adds: the mass is known to 1e-6, and the error of an output near zero is large in relation to it
@@ -104,10 +105,38 @@ def test_the_bound_is_within_a_factor_of_two():
     v[target] = -1.0
     scores = np.ones(16, np.float32)
     scores[15] = 0
-    got = head_errors(q[:, [32]], np.array([32]), k, v, 1.0, 0.0, LAYOUT, [order_group(scores, 4)], KEEP, np.array([[0, 4, 0]]))
+    got = head_errors(q[:, [32]], np.array([32]), k, v, 1.0, 0.0, LAYOUT, [order_group(scores, 4)], KEEP, np.array([[0, 4, 0]]), equal_heads(0, len(q), v.shape[1]))
     error, bound = got.error[0, 0, 0] / 3, got.bound[0, 0, 0] / 3  # ||o|| is 1/3
     assert got.dropped[0, 0, 0] == pytest.approx(1 / 3, abs=1e-5) and error == pytest.approx(2 / 3, abs=1e-5)
     assert error <= bound <= 2 * error
+
+
+def test_what_the_layer_loses():
+    """||W_h (o - o_hat)||^2 with W_h itself, from the outputs of the definition; the share is relative to all heads of the layer."""
+    rng = np.random.default_rng(11)
+    n, n_rep, dv, n_embd = 90, 2, 6, 40
+    q = rng.standard_normal((2 * n_rep, n, 8)).astype(np.float32)
+    k, v = rng.standard_normal((2, n, 8)).astype(np.float32), rng.standard_normal((2, n, dv)).astype(np.float32)
+    projection = rng.standard_normal((2 * n_rep, n_embd, dv)).astype(np.float32)
+    grams = projection.transpose(0, 2, 1) @ projection
+    queries, configs = np.array([50, 70, 89]), config_grid(LAYOUT.n_blocks, KEEP)
+    t = ErrorTable(("prose",), LAYOUT, KEEP, configs, 1, 2, lambda layer, n_head, size: grams)
+    rank = lambda head, group: order_group(importance(k[head, group].astype(np.float64)).astype(np.float32), 4)  # noqa: E731
+    t.add_layer(0, q, k, v, 0, queries, np.zeros(3, int), 0.35, 0.0, rank)
+
+    lost, added = np.zeros((2, len(configs))), 0.0
+    for h in range(2):
+        orders = orders_of(k[h], LAYOUT, LAYOUT.compacted(89))
+        for r in range(n_rep):
+            for i in queries:
+                p = np.exp(k[h, : i + 1].astype(np.float64) @ q[h * n_rep + r, i] * 0.35)
+                o = p @ v[h, : i + 1] / p.sum()
+                added += np.sum((projection[h * n_rep + r] @ o) ** 2)
+                for c, counts in enumerate(configs):
+                    seen = visible(LAYOUT, int(i), [kept_tokens(order, KEEP, counts) for order in orders])
+                    o_hat = p[seen] @ v[h, seen] / p[seen].sum()
+                    lost[h, c] += np.sum((projection[h * n_rep + r] @ (o - o_hat)) ** 2)
+    np.testing.assert_allclose(t.lost_share()[0, 0], lost / added, rtol=1e-4)
 
 
 def test_a_lost_needle_is_an_error_of_one():
@@ -120,7 +149,7 @@ def test_a_lost_needle_is_an_error_of_one():
     scores = np.ones(16, np.float32)
     scores[5] = 0  # the least important token
     orders[1] = order_group(scores, 4)
-    got = head_errors(q[:, [89]], np.array([89]), k, v, 1.0, 0.0, LAYOUT, orders, KEEP, np.array([[4, 0, 0], [0, 0, 4]]))
+    got = head_errors(q[:, [89]], np.array([89]), k, v, 1.0, 0.0, LAYOUT, orders, KEEP, np.array([[4, 0, 0], [0, 0, 4]]), equal_heads(0, len(q), v.shape[1]))
     assert got.error[0, 0, 0] > 0.9 and got.dropped[0, 0, 0] > 0.99
     assert got.error[1, 0, 0] < 1e-5
 

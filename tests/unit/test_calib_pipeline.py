@@ -31,7 +31,7 @@ def measurement(seed=0, kinds=KINDS, full=tuple(range(5))):
     falling = 1 - kept_per_group(configs, KEEP) / LAYOUT.group_size
     level = rng.random((len(kinds), 5, 2, 1)) ** 3
     error = level * falling * (1 + 0.1 * rng.random((len(kinds), 5, 2, len(configs))))
-    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, error * 3, 100, "00" * 32, full)
+    return Measurement(LAYOUT, KEEP, configs, "key-diff", 0, kinds, error, error / 2, error * 3, error, 100, "00" * 32, full)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.39, 0.6, 1.0])
@@ -55,15 +55,16 @@ def test_budgets_are_better_than_uniform():
 
 def test_kinds_count_alike_whatever_their_level():
     m = measurement()
-    scaled = Measurement(**{**m.__dict__, "error": m.error * np.array([1.0, 50.0])[:, None, None, None]})
+    scaled = Measurement(**{**m.__dict__, "lost": m.lost * np.array([1.0, 50.0])[:, None, None, None]})
     assert (choose_budgets(m, 0.4).head_config == choose_budgets(scaled, 0.4).head_config).all()
 
 
 def test_a_kind_without_queries_is_left_out():
     m = measurement()
-    silent = Measurement(**{**m.__dict__, "error": m.error * np.array([1.0, 0.0])[:, None, None, None]})
+    only = np.array([1.0, 0.0])[:, None, None, None]
+    silent = Measurement(**{**m.__dict__, "error": m.error * only, "lost": m.lost * only})
     assert (silent.head_error() == m.error[0]).all()
-    assert np.isfinite(silent.combined()).all()
+    np.testing.assert_allclose(silent.combined(), m.lost[0])
 
 
 def test_max_error_caps_every_head():
