@@ -10,7 +10,7 @@ The bound beside the error needs no ``o_hat``: with the dropped mass ``d``, ``u`
 fixed point, ``o - o_hat = d (u - o_hat)`` and both are means of values, so ``||o - o_hat|| <= d (max over the tokens that can be
 dropped of ||v - c|| + max over all tokens of ||v - c||)``. docs/calibration.md derives it.
 
-What budgets minimise is the error as the layer sees it: ``||W_h (o - o_hat)||^2``, ``W_h`` the head's part of the output
+What budgets of cost "layer" minimise is the error as the layer sees it: ``||W_h (o - o_hat)||^2``, ``W_h`` the head's part of the output
 projection, in relation to what all heads of the layer add (`contribution`).
 """
 

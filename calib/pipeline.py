@@ -14,7 +14,7 @@ from tca_gguf.errors import TcaError
 from .allocate import DENSE, allocate, sparsest_within
 from .capture import Progress, run_capture, run_probe_fit
 from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
-from .contribution import output_grams
+from .contribution import equal_heads, output_grams
 from .evaluate import ErrorTable
 from .probe import METRIC as PROBE_METRIC
 from .probe import ProbeFit
@@ -31,6 +31,9 @@ DEFAULT_TOKENS = 6144
 UBATCH = 512
 # Queries of each kind that the probe is fitted to: far more than errors are measured with, since every token needs some.
 FIT_QUERIES = (512, 512)
+# What budgets minimise: "head", the relative error of a head's output; "layer", what the layer's output loses by it behind the
+# output projection, squared (ErrorTable.lost_share). docs/calibration.md compares them.
+COSTS = ("head", "layer")
 # The kinds of queries are put on one scale by their mean error under this configuration, then added (prototype.md, 3).
 YARDSTICK = (1.0, 2.0)
 
@@ -60,15 +63,16 @@ class Measurement:
     full: tuple[int, ...]
     probe: np.ndarray | None = None
 
-    def combined(self) -> np.ndarray:
-        """What allocation minimises, [n_layer, n_head_kv, n_configs]: what is lost, the kinds on one scale, averaged."""
+    def combined(self, cost: str = "head") -> np.ndarray:
+        """What allocation minimises, [n_layer, n_head_kv, n_configs]: ``cost`` (see COSTS), the kinds on one scale, averaged."""
+        values = self.lost if cost == "layer" else self.error
         yard = np.array(integer_counts(*YARDSTICK, self.layout.n_blocks, self.keep_counts))
         row = int(np.flatnonzero((self.configs == yard).all(axis=1))[0])
-        level = self.lost[:, :, :, row].mean(axis=(1, 2))
+        level = values[:, :, :, row].mean(axis=(1, 2))
         used = level > 0
         if not used.any():
-            return self.lost.mean(axis=0)
-        return (self.lost[used] / level[used][:, None, None, None]).mean(axis=0) * level[used].mean()
+            return values.mean(axis=0)
+        return (values[used] / level[used][:, None, None, None]).mean(axis=0) * level[used].mean()
 
     def head_error(self) -> np.ndarray:
         """Relative output error averaged over the kinds that had queries, [n_layer, n_head_kv, n_configs]."""
@@ -95,9 +99,13 @@ def measure(
     keep_counts: tuple[int, ...] = KEEP_COUNTS,
     configs: np.ndarray | None = None,
     metric: str = "key-diff",
+    cost: str = "head",
     n_ubatch: int = UBATCH,
 ) -> Measurement:
     """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
+    if cost not in COSTS:
+        raise TcaError(f"cost is {cost!r}; it must be one of {', '.join(COSTS)}")
+    grams = output_grams(model_path) if cost == "layer" else equal_heads
     layout = layout or Layout()
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
     stock = {"tca.enabled": False}
@@ -111,7 +119,7 @@ def measure(
             )
         text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
         fitted = compose(session.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
-        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv, output_grams(model_path))
+        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv, grams)
 
     def session_for(capture: object) -> Session:
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
@@ -134,17 +142,18 @@ def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None
     return lambda done, total, label: progress(part * total + done, parts * total, label)
 
 
-def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None) -> Budgets:
+def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None, cost: str = "head") -> Budgets:
     """Budgets from what was measured.
 
-    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); what layers lose is least in sum.
+    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); the summed cost is least.
+    cost: one of COSTS; "layer" asks for a measurement that was made with it.
     max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
     paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
     """
     from tca_gguf.budgets import SLIDING, Budgets, Calibration
 
     kept = kept_per_group(m.configs, m.keep_counts)
-    n_layer, n_head_kv, n_configs = m.combined().shape
+    n_layer, n_head_kv, n_configs = m.error.shape[1:]
     full = list(m.full)
     errors = m.head_error()[full].reshape(-1, n_configs)
     if max_error is not None and not max_error > 0:
@@ -153,7 +162,7 @@ def choose_budgets(m: Measurement, keep: float | None = None, max_error: float |
         choice = sparsest_within(errors, kept, max_error).tolist()
     else:
         keep = DEFAULT_KEEP if keep is None else keep
-        choice = allocate(m.combined()[full].reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error).choice.tolist()
+        choice = allocate(m.combined(cost)[full].reshape(-1, n_configs), kept, m.layout.group_size, keep, errors, max_error).choice.tolist()
 
     # only the configurations in use go into the file
     rows = sorted(set(choice) - {DENSE})
@@ -207,10 +216,11 @@ def calibrate(
     sinks: int = 16,
     metric: str = "key-diff",
     max_error: float | None = None,
+    cost: str = "head",
 ) -> Budgets:
     """Budgets for every head of a model, from one forward pass, or two for the metric "key-probe".
 
-    keep, max_error: see `choose_budgets`; keep is in (0, 1]
+    keep, max_error, cost: see `choose_budgets`; keep is in (0, 1]
     texts: documents in place of the package's own; facts are planted in them too
     tokens: length of the calibration text (default 6144), clamped to the model's context
     seed: of the planted facts; metric: one of `native.metrics`
@@ -223,5 +233,5 @@ def calibrate(
     layout = Layout(block_size, group_size, window, sinks)
     keep_counts = tuple(2**i for i in range(block_size.bit_length()) if 2**i <= block_size)
     measured = measure(model_path, texts=texts, tokens=tokens, seed=seed, progress=progress, n_threads=n_threads,
-                       layout=layout, keep_counts=keep_counts, metric=metric)  # fmt: skip
-    return choose_budgets(measured, keep, max_error)
+                       layout=layout, keep_counts=keep_counts, metric=metric, cost=cost)  # fmt: skip
+    return choose_budgets(measured, keep, max_error, cost)

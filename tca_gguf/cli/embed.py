@@ -61,6 +61,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
               help="Largest relative error of any head's output, such as 0.1. Without --keep every head keeps as little as that allows.")  # fmt: skip
 @click.option("--metric", default="key-diff", show_default=True, metavar="NAME",
               help="How tokens are ranked: key-diff, key-probe or a baseline (docs/gguf-keys.md).")  # fmt: skip
+@click.option("--cost", type=click.Choice(["head", "layer"]), default="head", show_default=True,
+              help="What budgets minimise: the error of each head's output, or what the layer loses behind its output projection.")  # fmt: skip
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
               help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
 @click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")
@@ -75,6 +77,7 @@ def embed_budgets(
     keep: float | None,
     max_error: float | None,
     metric: str,
+    cost: str,
     texts: tuple[Path, ...],
     tokens: int | None,
     seed: int,
@@ -105,7 +108,8 @@ def embed_budgets(
     logs.take_over(llama.load(), verbose)
     with progress_bar() as advance:
         budgets = calib.calibrate(
-            model, keep=keep, max_error=max_error, metric=metric, texts=documents, tokens=tokens, seed=seed, progress=advance, n_threads=threads
+            model, keep=keep, max_error=max_error, metric=metric, cost=cost, texts=documents, tokens=tokens, seed=seed, progress=advance,
+            n_threads=threads,
         )
         if not dry_run:
             gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))

@@ -12,7 +12,7 @@ from tca_gguf.budgets import SLIDING
 from tca_gguf.calib.capture import run_capture, run_probe_fit
 from tca_gguf.calib.configs import config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
-from tca_gguf.calib.pipeline import Measurement, choose_budgets, part_of
+from tca_gguf.calib.pipeline import COSTS, Measurement, choose_budgets, part_of
 from tca_gguf.calib.probe import ProbeFit
 from tca_gguf.calib.stream import Layout
 from tca_gguf.calib.texts import KINDS, CalibrationText
@@ -53,10 +53,27 @@ def test_budgets_are_better_than_uniform():
     assert budgets.calibration.errors.mean() < m.head_error()[:, :, affordable].mean(axis=(0, 1)).min()
 
 
-def test_kinds_count_alike_whatever_their_level():
+@pytest.mark.parametrize(("cost", "field"), [("head", "error"), ("layer", "lost")])
+def test_kinds_count_alike_whatever_their_level(cost, field):
     m = measurement()
-    scaled = Measurement(**{**m.__dict__, "lost": m.lost * np.array([1.0, 50.0])[:, None, None, None]})
-    assert (choose_budgets(m, 0.4).head_config == choose_budgets(scaled, 0.4).head_config).all()
+    scaled = Measurement(**{**m.__dict__, field: getattr(m, field) * np.array([1.0, 50.0])[:, None, None, None]})
+    assert (choose_budgets(m, 0.4, cost=cost).head_config == choose_budgets(scaled, 0.4, cost=cost).head_config).all()
+
+
+def test_each_cost_is_minimised():
+    m = measurement()
+    other = Measurement(**{**m.__dict__, "lost": measurement(1).error})
+    for cost, values in (("head", other.error), ("layer", other.lost)):
+        chosen = {c: choose_budgets(other, 0.4, cost=c) for c in COSTS}
+        spent = {c: summed(values, other, budgets) for c, budgets in chosen.items()}
+        assert spent[cost] == min(spent.values()) < max(spent.values())
+
+
+def summed(values, m, budgets):
+    """Of the chosen configurations, the kinds on one scale as allocation sees them; dense heads cost nothing."""
+    combined = Measurement(**{**m.__dict__, "error": values}).combined("head")
+    rows = {tuple(row): i for i, row in enumerate(m.configs.tolist())}
+    return sum(0 if c < 0 else combined[index][rows[tuple(budgets.configs[c].tolist())]] for index, c in np.ndenumerate(budgets.head_config))
 
 
 def test_a_kind_without_queries_is_left_out():
@@ -64,7 +81,8 @@ def test_a_kind_without_queries_is_left_out():
     only = np.array([1.0, 0.0])[:, None, None, None]
     silent = Measurement(**{**m.__dict__, "error": m.error * only, "lost": m.lost * only})
     assert (silent.head_error() == m.error[0]).all()
-    np.testing.assert_allclose(silent.combined(), m.lost[0])
+    np.testing.assert_allclose(silent.combined("head"), m.error[0])
+    np.testing.assert_allclose(silent.combined("layer"), m.lost[0])
 
 
 def test_max_error_caps_every_head():
