@@ -37,12 +37,12 @@ def output_grams(model_path: str | os.PathLike[str]) -> Grams:
     def grams(layer: int, n_head: int, head_dim_v: int) -> np.ndarray:
         name = f"blk.{layer}.attn_output.weight"
         if name not in tensors:
-            raise TcaError(f"{os.fspath(model_path)} has no tensor {name}: the output projection of its attention is not known")
+            raise TcaError(f"{os.fspath(model_path)} has no tensor {name}: the output projection of its attention is not known; --cost head does without it")
         tensor = tensors[name]
         try:
             weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError:
-            raise TcaError(f"{os.fspath(model_path)}: {name} has type {tensor.tensor_type.name}, which gguf cannot read") from None
+            raise TcaError(f"{os.fspath(model_path)}: {name} has type {tensor.tensor_type.name}, which gguf cannot read; --cost head does without it") from None
         if weights.ndim != 2 or weights.shape[1] != n_head * head_dim_v:
             raise TcaError(f"{os.fspath(model_path)}: {name} is {weights.shape}, not [n_embd, {n_head} heads of {head_dim_v}]")
         heads = weights.reshape(len(weights), n_head, head_dim_v).transpose(1, 0, 2)

@@ -31,9 +31,9 @@ DEFAULT_TOKENS = 6144
 UBATCH = 512
 # Queries of each kind that the probe is fitted to: far more than errors are measured with, since every token needs some.
 FIT_QUERIES = (512, 512)
-# What budgets minimise: "head", the relative error of a head's output; "layer", what the layer's output loses by it behind the
-# output projection, squared (ErrorTable.lost_share). docs/calibration.md compares them.
-COSTS = ("head", "layer")
+# What budgets minimise: "layer", what the layer's output loses by a head behind the output projection, squared
+# (ErrorTable.lost_share); "head", the relative error of the head's output. docs/calibration.md compares them.
+COSTS = ("layer", "head")
 # The kinds of queries are put on one scale by their mean error under this configuration, then added (prototype.md, 3).
 YARDSTICK = (1.0, 2.0)
 
@@ -44,7 +44,7 @@ class Measurement:
 
     error, dropped, bound: float64 [n_kind, n_layer, n_head_kv, n_configs], mean relative output error, dropped attention mass,
     and the bound on the error that follows from it. lost: the same shape, what the layer's output loses by the head, squared and
-    relative (`ErrorTable.lost_share`). full: the layers with full attention; the others, whose attention slides
+    relative (`ErrorTable.lost_share`), or None if it was not measured. full: the layers with full attention; the others, whose attention slides
     over a window, get no budget. probe: what the metric "key-probe" uses, float32 [n_layer, n_head_kv, head_dim_k].
     """
 
@@ -57,15 +57,20 @@ class Measurement:
     error: np.ndarray
     dropped: np.ndarray
     bound: np.ndarray
-    lost: np.ndarray
+    lost: np.ndarray | None
     n_tokens: int
     text_sha256: str
     full: tuple[int, ...]
     probe: np.ndarray | None = None
 
-    def combined(self, cost: str = "head") -> np.ndarray:
-        """What allocation minimises, [n_layer, n_head_kv, n_configs]: ``cost`` (see COSTS), the kinds on one scale, averaged."""
+    def combined(self, cost: str = COSTS[0]) -> np.ndarray:
+        """What allocation minimises, [n_layer, n_head_kv, n_configs]: ``cost`` (see COSTS), the kinds on one scale, averaged.
+
+        Raises TcaError if it was not measured.
+        """
         values = self.lost if cost == "layer" else self.error
+        if values is None:
+            raise TcaError("this measurement was made for the cost 'head' and holds nothing for 'layer'")
         yard = np.array(integer_counts(*YARDSTICK, self.layout.n_blocks, self.keep_counts))
         row = int(np.flatnonzero((self.configs == yard).all(axis=1))[0])
         level = values[:, :, :, row].mean(axis=(1, 2))
@@ -99,13 +104,13 @@ def measure(
     keep_counts: tuple[int, ...] = KEEP_COUNTS,
     configs: np.ndarray | None = None,
     metric: str = "key-diff",
-    cost: str = "head",
+    cost: str = COSTS[0],
     n_ubatch: int = UBATCH,
 ) -> Measurement:
     """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
     if cost not in COSTS:
         raise TcaError(f"cost is {cost!r}; it must be one of {', '.join(COSTS)}")
-    grams = output_grams(model_path) if cost == "layer" else equal_heads
+    behind_projection = cost == "layer"
     layout = layout or Layout()
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
     stock = {"tca.enabled": False}
@@ -119,7 +124,8 @@ def measure(
             )
         text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
         fitted = compose(session.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
-        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv, grams)
+        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv,
+                           output_grams(model_path) if behind_projection else equal_heads)  # fmt: skip
 
     def session_for(capture: object) -> Session:
         n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
@@ -132,7 +138,8 @@ def measure(
         progress = part_of(progress, 1, 2)
     full = run_capture(session_for, table, text, metric, progress, probe)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
-                       table.mean_bound(), table.lost_share(), len(text.tokens), text.sha256, tuple(full), probe)  # fmt: skip
+                       table.mean_bound(), table.lost_share() if behind_projection else None, len(text.tokens), text.sha256,
+                       tuple(full), probe)  # fmt: skip
 
 
 def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None:
@@ -142,11 +149,11 @@ def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None
     return lambda done, total, label: progress(part * total + done, parts * total, label)
 
 
-def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None, cost: str = "head") -> Budgets:
+def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None, cost: str = COSTS[0]) -> Budgets:
     """Budgets from what was measured.
 
     keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); the summed cost is least.
-    cost: one of COSTS; "layer" asks for a measurement that was made with it.
+    cost: one of COSTS; "layer" needs a measurement that was made with it.
     max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
     paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
     """
@@ -216,7 +223,7 @@ def calibrate(
     sinks: int = 16,
     metric: str = "key-diff",
     max_error: float | None = None,
-    cost: str = "head",
+    cost: str = COSTS[0],
 ) -> Budgets:
     """Budgets for every head of a model, from one forward pass, or two for the metric "key-probe".
 

@@ -61,8 +61,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
               help="Largest relative error of any head's output, such as 0.1. Without --keep every head keeps as little as that allows.")  # fmt: skip
 @click.option("--metric", default="key-diff", show_default=True, metavar="NAME",
               help="How tokens are ranked: key-diff, key-probe or a baseline (docs/gguf-keys.md).")  # fmt: skip
-@click.option("--cost", type=click.Choice(["head", "layer"]), default="head", show_default=True,
-              help="What budgets minimise: the error of each head's output, or what the layer loses behind its output projection.")  # fmt: skip
+@click.option("--cost", type=click.Choice(["layer", "head"]), default="layer", show_default=True,
+              help="What budgets minimise: what each layer loses behind its output projection, or the error of each head's output.")  # fmt: skip
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
               help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
 @click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")

@@ -60,6 +60,13 @@ def test_kinds_count_alike_whatever_their_level(cost, field):
     assert (choose_budgets(m, 0.4, cost=cost).head_config == choose_budgets(scaled, 0.4, cost=cost).head_config).all()
 
 
+def test_a_cost_that_was_not_measured_is_refused():
+    m = Measurement(**{**measurement().__dict__, "lost": None})
+    assert choose_budgets(m, 0.4, cost="head").kept_fraction > 0.3
+    with pytest.raises(TcaError, match="'layer'"):
+        choose_budgets(m, 0.4)
+
+
 def test_each_cost_is_minimised():
     m = measurement()
     other = Measurement(**{**m.__dict__, "lost": measurement(1).error})
