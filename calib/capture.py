@@ -64,7 +64,8 @@ def run_pass(
                 raise capture.error from None  # an exception in the callback aborts the pass; it is the cause
     if done != total:
         raise TcaError(f"only {done} of {total} attention layers were captured; "
-                       "this architecture does not use the plain attention path")  # fmt: skip
+                       "this architecture does not use the plain attention path, or the native part is older than the package: "
+                       "then install it again")  # fmt: skip
     return full
 
 
