@@ -18,7 +18,7 @@ from .contribution import equal_heads, output_grams
 from .evaluate import ErrorTable
 from .probe import METRIC as PROBE_METRIC
 from .probe import ProbeFit
-from .runtime import Session
+from .runtime import Model, Session
 from .stream import Layout
 from .texts import KINDS, CalibrationText, compose, shortest_text
 
@@ -106,6 +106,7 @@ def measure(
     metric: str = "key-diff",
     cost: str = COSTS[0],
     n_ubatch: int = UBATCH,
+    n_gpu_layers: int = 0,
 ) -> Measurement:
     """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
     if cost not in COSTS:
@@ -113,30 +114,28 @@ def measure(
     behind_projection = cost == "layer"
     layout = layout or Layout()
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
-    stock = {"tca.enabled": False}
-    # a short context is enough to tokenize and to learn the model's shape
-    with Session(model_path, 32, n_threads=n_threads, overrides=stock) as session:
-        wanted = min(tokens or DEFAULT_TOKENS, session.n_ctx_train)
-        if wanted < shortest_text(layout) and session.n_ctx_train < shortest_text(layout):
+    with Model(model_path, overrides={"tca.enabled": False}, n_gpu_layers=n_gpu_layers) as model:
+        wanted = min(tokens or DEFAULT_TOKENS, model.n_ctx_train)
+        if wanted < shortest_text(layout) and model.n_ctx_train < shortest_text(layout):
             raise TcaError(
-                f"{session.path}: its context of {session.n_ctx_train} tokens is too short to evict anything "
+                f"{model.path}: its context of {model.n_ctx_train} tokens is too short to evict anything "
                 f"(sinks + window + group = {layout.first_evicting}); it runs dense as it is"
             )
-        text: CalibrationText = compose(session.tokenize, wanted, layout, texts, seed)
-        fitted = compose(session.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
-        table = ErrorTable(KINDS, layout, keep_counts, configs, session.n_layer, session.n_head_kv,
+        text: CalibrationText = compose(model.tokenize, wanted, layout, texts, seed)
+        fitted = compose(model.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
+        table = ErrorTable(KINDS, layout, keep_counts, configs, model.n_layer, model.n_head_kv,
                            output_grams(model_path) if behind_projection else equal_heads)  # fmt: skip
 
-    def session_for(capture: object) -> Session:
-        n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
-        return Session(model_path, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, overrides=stock, capture=capture)
+        def session_for(capture: object) -> Session:
+            n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
+            return Session(model, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, capture=capture)
 
-    probe = None
-    if fitted is not None:
-        fit = ProbeFit(layout, len(KINDS), table.n_layer, table.n_head_kv, len(fitted.tokens), fitted.queries, fitted.kinds)
-        probe = run_probe_fit(session_for, fit, table.n_layer, fitted, part_of(progress, 0, 2))
-        progress = part_of(progress, 1, 2)
-    full = run_capture(session_for, table, text, metric, progress, probe)
+        probe = None
+        if fitted is not None:
+            fit = ProbeFit(layout, len(KINDS), table.n_layer, table.n_head_kv, len(fitted.tokens), fitted.queries, fitted.kinds)
+            probe = run_probe_fit(session_for, fit, table.n_layer, fitted, part_of(progress, 0, 2))
+            progress = part_of(progress, 1, 2)
+        full = run_capture(session_for, table, text, metric, progress, probe)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
                        table.mean_bound(), table.lost_share() if behind_projection else None, len(text.tokens), text.sha256,
                        tuple(full), probe)  # fmt: skip
@@ -224,6 +223,7 @@ def calibrate(
     metric: str = "key-diff",
     max_error: float | None = None,
     cost: str = COSTS[0],
+    n_gpu_layers: int = 0,
 ) -> Budgets:
     """Budgets for every head of a model, from one forward pass, or two for the metric "key-probe".
 
@@ -231,6 +231,7 @@ def calibrate(
     texts: documents in place of the package's own; facts are planted in them too
     tokens: length of the calibration text (default 6144), clamped to the model's context
     seed: of the planted facts; metric: one of `native.metrics`
+    n_gpu_layers: layers whose forward pass runs on the GPU, -1 for all; the evaluation is the CPU's in any case
     progress(done, total, label): called after each layer of each micro-batch
     Raises TcaError: unreadable model, an architecture without plain attention, a text or context too short to evict.
     The same model, text, tokens and seed give the same budgets.
@@ -240,5 +241,5 @@ def calibrate(
     layout = Layout(block_size, group_size, window, sinks)
     keep_counts = tuple(2**i for i in range(block_size.bit_length()) if 2**i <= block_size)
     measured = measure(model_path, texts=texts, tokens=tokens, seed=seed, progress=progress, n_threads=n_threads,
-                       layout=layout, keep_counts=keep_counts, metric=metric, cost=cost)  # fmt: skip
+                       layout=layout, keep_counts=keep_counts, metric=metric, cost=cost, n_gpu_layers=n_gpu_layers)  # fmt: skip
     return choose_budgets(measured, keep, max_error, cost)

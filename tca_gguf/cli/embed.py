@@ -11,7 +11,7 @@ from tca_gguf import gguf_file
 from tca_gguf.budgets import Budgets
 from tca_gguf.errors import TcaError
 
-from .common import Number, emit_json, json_option, model_argument, progress_bar, size, threads_option, verbose_option
+from .common import Number, emit_json, gpu_layers_option, json_option, model_argument, progress_bar, size, threads_option, verbose_option
 
 
 def _read_texts(paths: tuple[Path, ...]) -> list[str] | None:
@@ -69,6 +69,7 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 @click.option("--seed", type=Number(0, 2**32 - 1), default=0, show_default=True, help="Seed of the calibration.")
 @click.option("--dry-run", is_flag=True, help="Calibrate and report, but write nothing.")
 @threads_option
+@gpu_layers_option
 @verbose_option
 @json_option
 def embed_budgets(
@@ -83,6 +84,7 @@ def embed_budgets(
     seed: int,
     dry_run: bool,
     threads: int | None,
+    gpu_layers: int,
     verbose: bool,
     as_json: bool,
 ) -> None:
@@ -109,7 +111,7 @@ def embed_budgets(
     with progress_bar() as advance:
         budgets = calib.calibrate(
             model, keep=keep, max_error=max_error, metric=metric, cost=cost, texts=documents, tokens=tokens, seed=seed, progress=advance,
-            n_threads=threads,
+            n_threads=threads, n_gpu_layers=gpu_layers,
         )
         if not dry_run:
             gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))

@@ -107,6 +107,7 @@ def calibrator(path: Path, settings: Settings, own: Budgets | None, progress: Pr
     def calibrate(metric: str, keep: float) -> Budgets:
         if metric not in measured:
             measured[metric] = calib.measure(path, metric=metric, layout=layout_of(own), n_threads=settings.n_threads or None,
+                                             n_gpu_layers=settings.n_gpu_layers,
                                              progress=lambda done, total, label: progress(done, total, f"calibrating, {label}"))  # fmt: skip
         return calib.choose_budgets(measured[metric], keep)
 
