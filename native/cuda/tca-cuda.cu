@@ -2,10 +2,6 @@
 #include "tca-cuda.cuh"
 #include "tca-kernels.cuh"
 
-#include "metrics/tca-metric.h"
-
-#include <cstring>
-
 static bool type_supported(int type) {
     return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 || type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
 }
@@ -22,8 +18,7 @@ bool ggml_cuda_tca_handles(const ggml_tensor * node) {
         case TCA_OP_APPEND:
             return store_supported(node->src[0], node->src[1]);
         case TCA_OP_COMPACT:
-            // the kernel scores by key-diff and by nothing else
-            return store_supported(node->src[0], node->src[1]) && strcmp(tca_op_select_params(node)->metric->name, "key-diff") == 0;
+            return store_supported(node->src[0], node->src[1]) && tca_cuda_has_metric(*tca_op_select_params(node)->metric);
         case TCA_OP_ATTN:
         case TCA_OP_ATTN_PARTIAL: {
             const ggml_tensor * q = node->src[first];

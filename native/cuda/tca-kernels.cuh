@@ -193,6 +193,7 @@ static __device__ __forceinline__ void tca_with_type(int type, F && f) {
 // One file each.
 void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool tca_cuda_has_metric(const tca_metric & metric);  // compaction by it
 void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
 void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
 int  tca_cuda_decode_at_once(int device, const ggml_tensor * partial);

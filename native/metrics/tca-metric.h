@@ -1,10 +1,20 @@
 // Selection metrics: how much each token of a group matters to the head that may forget it. A metric is one function in one
-// file of this folder and one line in tca-metric.cpp. CONTRIBUTING says how to add one.
+// file of this folder, an id, and one line in tca-metric.cpp. CONTRIBUTING says how to add one.
 #pragma once
 
 #include "tca.h"
 
 #include <string>
+
+// What other backends switch on (native/cuda/tca-importance.cu); files name a metric by its name.
+enum tca_metric_id : int {
+    TCA_METRIC_KEY_DIFF,
+    TCA_METRIC_KEY_PROBE,
+    TCA_METRIC_KEY_NORM,
+    TCA_METRIC_VALUE_NORM,
+    TCA_METRIC_STREAMING,
+    TCA_METRIC_RANDOM,
+};
 
 enum tca_metric_needs {
     TCA_NEEDS_KEYS   = 1,  // tca_metric_input::keys
@@ -30,6 +40,7 @@ struct tca_metric_input {
 typedef void (*tca_importance_fn)(const tca_metric_input & in, double * importance);
 
 struct tca_metric {
+    tca_metric_id     id;
     const char *      name;   // value of tca.metric
     unsigned          needs;  // of enum tca_metric_needs
     tca_importance_fn importance;

@@ -40,12 +40,14 @@ struct op_case {
     bool  compact = false;
     int   group   = 512, block = 16;
     int   rope    = TCA_ROPE_NEOX, n_rot = 128, hadamard = 0;
-    bool  ties    = false;            // some keys are equal
+    bool  ties    = false;            // some tokens are equal
+    bool  broken  = false;            // some stored elements are NaN or infinite
+    const char * metric = "key-diff";
 
     std::string name() const {
-        return text_of("K %s V %s dim %d heads %dx%d seqs %d tokens %d past %d.. split %d softcap %g compact %d rope %d hadamard %d",
+        return text_of("K %s V %s dim %d heads %dx%d seqs %d tokens %d past %d.. split %d softcap %g compact %d by %s rope %d hadamard %d ties %d broken %d",
                 ggml_type_name(type_k), ggml_type_name(type_v), dim, n_head_kv, gqa, n_seqs, n_tokens, past[0], split, softcap,
-                compact, rope, hadamard);
+                compact, metric, rope, hadamard, ties, broken);
     }
 };
 
@@ -73,7 +75,7 @@ struct op_data {
     std::vector<float>   q, k_cur, v_cur;
     std::vector<uint8_t> k, v;
     std::vector<int32_t> keep_counts = { 1, 2, 4, 8, 16 }, configs;
-    std::vector<float>   freqs;
+    std::vector<float>   freqs, probe;
     tca_select_params    select = {};
 
     op_data(const op_case & c, uint64_t seed) {
@@ -98,7 +100,8 @@ struct op_data {
         select.configs     = configs.data();
         select.rope        = { c.rope, c.rope == TCA_ROPE_NONE ? 0 : c.n_rot, 1.0f, freqs.data() };
         select.hadamard    = c.hadamard;
-        select.metric      = tca_metric_find("key-diff");
+        select.layer       = 5;
+        select.metric      = tca_metric_find(c.metric);
 
         std::vector<int64_t> offset(n_regions);
         n_slots = 3;
@@ -115,6 +118,14 @@ struct op_data {
                 if (rng.below(2)) {
                     const int64_t from = s/7*7;
                     std::copy_n(kf.begin() + from*c.dim, c.dim, kf.begin() + s*c.dim);
+                    std::copy_n(vf.begin() + from*c.dim, c.dim, vf.begin() + s*c.dim);
+                }
+            }
+        }
+        if (c.broken) {
+            for (std::vector<float> * x : { &kf, &vf }) {
+                for (int i = 0; i < 3; ++i) {
+                    (*x)[rng.below(x->size())] = rng.pick<float>({ NAN, INFINITY, -INFINITY });
                 }
             }
         }
@@ -159,6 +170,10 @@ struct op_data {
                 }
             }
         }
+        for (int i = 0; i < c.n_head_kv*c.dim; ++i) {
+            probe.push_back(rng.normal());
+        }
+        select.probe = probe.data();
         k = to_type(c.type_k, kf, c.dim);
         v = to_type(c.type_v, vf, c.dim);
     }
@@ -253,6 +268,9 @@ static double compare(const op_case & c, uint64_t seed) {
         }
     }
     CHECK(n_bad_pos + n_bad_k + n_bad_v == 0, "%zu positions, %zu K rows, %zu V rows differ: %s", n_bad_pos, n_bad_k, n_bad_v, c.name().c_str());
+    if (c.broken) {
+        return 0.0;  // and so is the output
+    }
     const double error = worst_row(got.out, want.out, c.dim);
     CHECK(error < 4e-3, "error of a query row %g: %s", error, c.name().c_str());
     return error;
@@ -310,9 +328,32 @@ TEST(cuda_awkward_shapes) {
     }
 }
 
+TEST(cuda_takes_every_metric_and_no_other) {
+    NEED_GPU();
+    const ggml_context_ptr ctx { ggml_init({ 64*ggml_tensor_overhead(), nullptr, true }) };
+    ggml_tensor * k    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 128, 64);
+    ggml_tensor * v    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 128, 64);
+    ggml_tensor * pos  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 64);
+    ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, 1, 1, 1);
+    tca_select_params select = {};
+    for (int i = 0; tca_metric_at(i) != nullptr; ++i) {
+        select.metric = tca_metric_at(i);
+        CHECK(ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select)), "%s is refused", select.metric->name);
+    }
+    tca_metric unknown = *tca_metric_at(0);
+    unknown.id    = (tca_metric_id) 1000;
+    select.metric = &unknown;
+    CHECK(!ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select)), "an unknown metric is taken");
+}
+
+// Every case by key-diff and by one of the other metrics in turn.
 TEST(cuda_keeps_the_same_slots) {
     NEED_GPU();
     random_t rng(11);
+    int n_metrics = 0;
+    while (tca_metric_at(n_metrics) != nullptr) {
+        ++n_metrics;
+    }
     for (int i = 0; i < 1000; ++i) {
         op_case c;
         c.compact   = true;
@@ -330,6 +371,9 @@ TEST(cuda_keeps_the_same_slots) {
         for (int r = 0; r < c.n_head_kv; ++r) {
             c.past.push_back(c.group + rng.below(700));
         }
+        c.broken = !ggml_is_quantized(c.type_k) && rng.below(8) == 0;
+        compare(c, 5000 + i);
+        c.metric = tca_metric_at(1 + i % (n_metrics - 1))->name;
         compare(c, 5000 + i);
     }
 }
