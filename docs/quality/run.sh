@@ -26,19 +26,19 @@ for keep in 0.39 0.25 0.15; do
     [ -e "$file" ] || $tca embed-budgets "$model" -o "$file" --keep $keep
 done
 
-at() {  # "A,B" 0.39 -> "A@0.39,B@0.39"
-    sed "s/\(,\|$\)/@$2\1/g" <<< "$1"
+at() {  # KEEP POLICY... -> POLICY@KEEP,... ; calibrated is the budgets file at that fraction
+    local keep=$1 name list=
+    shift
+    for name in "$@"; do
+        [ "$name" = calibrated ] && list+=$budgets/calibrated-$keep.gguf, || list+=$name@$keep,
+    done
+    printf '%s' "${list%,}"
 }
-calibrated() {  # budgets files at the fractions
-    local keep
-    for keep in "$@"; do printf '%s,' "$budgets/calibrated-$keep.gguf"; done
-}
-uniform() {  # uniform key-diff budgets at the fractions
-    local keep
-    for keep in "$@"; do printf 'key-diff@%s,' "$keep"; done
+at_each() {  # POLICY... at 0.39, 0.25 and 0.15
+    printf '%s,%s,%s' "$(at 0.39 "$@")" "$(at 0.25 "$@")" "$(at 0.15 "$@")"
 }
 stock=dense-q8_0,dense-q4_0
-baselines=key-diff,streaming-llm,random,key-norm,value-norm,observed-attn,key-diff+observed
+baselines=(key-diff streaming-llm random key-norm value-norm observed-attn key-diff+observed)
 
 part() {  # name, arguments of eval
     local name=$1 target=$out/$1.json started=$SECONDS
@@ -56,21 +56,21 @@ part() {  # name, arguments of eval
 
 for name in $parts; do
     case $name in
-    facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --policy "$(calibrated 0.39 0.25 0.15)$(uniform 0.39 0.25 0.15)$stock" ;;
-    facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(calibrated 0.39 0.25 0.15)$(uniform 0.39 0.25 0.15)$stock" ;;
-    kl)         part kl         --suite kld --lengths 4096,8192,12288,16384 --policy "$(calibrated 0.39 0.25 0.15)$(uniform 0.39 0.25 0.15)$stock" ;;
-    kl-policies) part kl-policies --suite kld --lengths "$lengths" --policy "$(at $baselines 0.39),$(at $baselines 0.25),$(at $baselines 0.15)" ;;
-    policies)   part policies   --suite needle,needle-multikey --lengths "$lengths" --policy "$(at $baselines 0.39),$(at $baselines 0.25),$(at $baselines 0.15)" ;;
+    facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
+    facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(at_each calibrated key-diff),$stock" ;;
+    kl)         part kl         --suite kld --lengths 4096,8192,12288,16384 --policy "$(at_each calibrated key-diff),$stock" ;;
+    kl-policies) part kl-policies --suite kld --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
+    policies)   part policies   --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     tasks)      part tasks      --suite needle-multivalue,needle-multiquery,variables,common-words,frequent-words --lengths "$lengths" \
-                    --policy "$(calibrated 0.39 0.25 0.15)$(at $baselines 0.39),$(at $baselines 0.25),$(at $baselines 0.15),$stock" ;;
+                    --policy "$(at_each calibrated "${baselines[@]}"),$stock" ;;
     turns)      part turns      --suite turns --lengths 4096 \
-                    --policy "$(calibrated 0.39 0.25 0.15)$(at $baselines 0.39),$(at $baselines 0.25),$(at $baselines 0.15),$stock" ;;
+                    --policy "$(at_each calibrated "${baselines[@]}"),$stock" ;;
     reasoning)  part reasoning  --suite reasoning --lengths 4096 --samples 2 \
-                    --policy "$(calibrated 0.39 0.25)$(at $baselines 0.39),$(at $baselines 0.25),$stock" ;;
-    quantized)  part quantized  --suite needle-multikey,kld --lengths "$lengths" --kv-type q8_0 --policy "$(calibrated 0.39 0.25 0.15)$stock" ;;
-    code | records) part "$name" --suite needle-multikey,kld --lengths 8192 --text "$name" --policy "$(calibrated 0.39 0.25 0.15)$(uniform 0.39 0.25 0.15)" ;;
+                    --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;
+    quantized)  part quantized  --suite needle-multikey,kld --lengths "$lengths" --kv-type q8_0 --policy "$(at_each calibrated),$stock" ;;
+    code | records) part "$name" --suite needle-multikey,kld --lengths 8192 --text "$name" --policy "$(at_each calibrated key-diff)" ;;
     french)     part french     --suite needle-multikey,kld --lengths 8192 --text "${TCA_TEXT:?error: part french needs TCA_TEXT, a text file}" \
-                    --policy "$(calibrated 0.39 0.25 0.15)$(uniform 0.39 0.25 0.15)" ;;
+                    --policy "$(at_each calibrated key-diff)" ;;
     *) echo "error: no part is called $name" >&2; exit 2 ;;
     esac
 done

@@ -79,9 +79,10 @@ bool tca_capture_eval(ggml_tensor * t, bool ask, void * data) {
     const ggml_tensor * k = t->src[1];  // [head_dim_k, n_kv, n_head_kv], padded at the end
     const ggml_tensor * v = t->src[2];
 
-    // "cache_k_l<layer>" is what the view of K was taken from
+    // "cache_k_l<layer>" is what the view of K was taken from; on its way to another device it is copied as "DEVICE#name#number"
     const ggml_tensor * store = k->view_src ? k->view_src : k;
-    if (sscanf(store->name, "cache_k_l%d", &c.layer) != 1) {
+    const char * name = strstr(store->name, "cache_k_l");
+    if (name == nullptr || sscanf(name, "cache_k_l%d", &c.layer) != 1) {
         return false;
     }
 
