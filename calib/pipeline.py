@@ -109,8 +109,13 @@ def measure(
     n_gpu_layers: int = 0,
 ) -> Measurement:
     """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
+    from tca_gguf import native
+
     if cost not in COSTS:
         raise TcaError(f"cost is {cost!r}; it must be one of {', '.join(COSTS)}")
+    if native.needs_queries(metric):
+        raise TcaError(f"metric {metric} looks at the queries of a running model, so there is nothing to calibrate; use it under "
+                       f"uniform budgets: eval MODEL --uniform 0.25 --policy {metric}")  # fmt: skip
     behind_projection = cost == "layer"
     layout = layout or Layout()
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs

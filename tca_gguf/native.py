@@ -298,6 +298,12 @@ def metrics() -> tuple[str, ...]:
     return tuple(names)
 
 
+def needs_queries(metric: str) -> bool:
+    """Whether the metric looks at the queries of a running model, so that `select` refuses it; False for unknown names."""
+    _, lib = _extension()
+    return bool(lib.tca_metric_needs_queries(metric.encode()))
+
+
 def select(
     keys: ArrayLike,
     positions: ArrayLike,

@@ -19,6 +19,11 @@ const char * tca_metric_name(int32_t i) {
     return metric ? metric->name : nullptr;
 }
 
+bool tca_metric_needs_queries(const char * name) {
+    const tca_metric * metric = tca_metric_find(name);
+    return metric && (metric->needs & TCA_NEEDS_QUERIES);
+}
+
 int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * group, int32_t block_size, int32_t n_keep,
         const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores) {
     const tca_metric * metric = tca_metric_find(metric_name);
@@ -34,6 +39,9 @@ int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * gr
     }
     if ((metric->needs & TCA_NEEDS_PROBE) && group->probe == nullptr) {
         return tca_fail(TCA_ERR_ARGUMENT, std::string("metric ") + metric->name + " needs a probe, none was given");
+    }
+    if (metric->needs & TCA_NEEDS_QUERIES) {
+        return tca_fail(TCA_ERR_ARGUMENT, std::string("metric ") + metric->name + " looks at queries, which only a running model has");
     }
     int64_t n_blocks = 0;
     for (int32_t j = 0; j < n_keep; ++j) {
@@ -53,12 +61,12 @@ int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * gr
 
     if (impl == TCA_IMPL_REFERENCE) {
         std::vector<float> unused(scores ? 0 : n_tokens);
-        return tca_reference_select(metric->name, *group, 0, block_size, n_keep, keep_counts, counts, kept,
+        return tca_reference_select(metric->name, *group, 0, nullptr, block_size, n_keep, keep_counts, counts, kept,
                 scores ? scores : unused.data());
     }
     tca_select_scratch  scratch;
     std::vector<double> importance(n_tokens);
-    tca_importance(*metric, *group, 0, scratch, importance.data());
+    tca_importance(*metric, *group, 0, nullptr, scratch, importance.data());
     if (scores) {
         std::copy(importance.begin(), importance.end(), scores);
     }

@@ -1,5 +1,6 @@
 #include "ops/tca-ops.h"
 #include "tca-convert.h"
+#include "tca-observe.h"
 #include "tca-select.h"
 
 #include <cstring>
@@ -14,7 +15,7 @@ static void move_rows(char * rows, size_t row_size, int64_t group, const int32_t
     memmove(to + n_kept*row_size, to + group_size*row_size, (used - group - group_size)*row_size);
 }
 
-// src: k, v, pos, desc
+// src: k, v, pos, desc, and q for metrics that look at queries
 void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
     ggml_tensor       * k    = dst->src[0];
     ggml_tensor       * v    = dst->src[1];
@@ -23,7 +24,7 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
     const tca_select_params & params = *(const tca_select_params *) userdata;
 
-    const int     row      = tca_op_get_params(dst).row;
+    const tca_op_params op = tca_op_get_params(dst);
     const int64_t dim_k    = k->ne[0];
     const int64_t dim_v    = v->ne[0];
     const int     n        = params.group_size;
@@ -32,12 +33,14 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
     static thread_local std::vector<float>   keys;
     static thread_local std::vector<float>   values;
     static thread_local std::vector<double>  importance;
+    static thread_local std::vector<double>  observed;
+    static thread_local tca_observe_scratch  observe_scratch;
     static thread_local std::vector<int32_t> kept;
 
     int unit = 0;
     for (int64_t s = 0; s < desc->ne[2]; ++s) {
         for (int64_t h = 0; h < desc->ne[1]; ++h) {
-            const int32_t * d = (const int32_t *) ((const char *) desc->data + h*desc->nb[1] + s*desc->nb[2] + row*desc->nb[3]);
+            const int32_t * d = (const int32_t *) ((const char *) desc->data + h*desc->nb[1] + s*desc->nb[2] + op.row*desc->nb[3]);
             if (d[TCA_DESC_COUNT] == 0 || d[TCA_DESC_GROUP] < 0 || d[TCA_DESC_CONFIG] == TCA_HEAD_DENSE || unit++ % nth != ith) {
                 continue;
             }
@@ -58,7 +61,12 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
                 tca_rows_to_f32(v->type, (const char *) v->data + first*v->nb[1], values.data(), n*dim_v);
                 g.values = values.data();
             }
-            tca_importance(*params.metric, g, params.hadamard, scratch, importance.data());
+            const bool observes = params.metric->needs & TCA_NEEDS_QUERIES;
+            if (observes) {
+                observed.resize(n);
+                tca_observe(dst->src[4], k, d, h, desc->ne[1], op.scale, op.softcap, n, observe_scratch, observed.data());
+            }
+            tca_importance(*params.metric, g, params.hadamard, observes ? observed.data() : nullptr, scratch, importance.data());
             const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, params.n_keep, params.keep_counts,
                     params.configs + (size_t) d[TCA_DESC_CONFIG]*params.n_keep, scratch, kept.data());
 

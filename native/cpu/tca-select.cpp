@@ -37,8 +37,8 @@ static void rope_undo(double * x, int32_t position, const tca_rope & rope) {
     }
 }
 
-void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, tca_select_scratch & scratch,
-        double * importance) {
+void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, const double * observed,
+        tca_select_scratch & scratch, double * importance) {
     const int n = group.n_tokens, dim = group.head_dim_k;
 
     const bool needs_keys = metric.needs & TCA_NEEDS_KEYS;
@@ -59,7 +59,7 @@ void tca_importance(const tca_metric & metric, const tca_group & group, int hada
         }
     }
     metric.importance({ n, dim, group.head_dim_v, group.layer, group.head, needs_keys ? scratch.keys.data() : nullptr,
-            group.values, group.positions, group.probe }, importance);
+            group.values, group.positions, group.probe, observed }, importance);
 }
 
 int tca_select_tokens(const double * importance, int n_tokens, int block_size, int n_keep, const int32_t * keep_counts,

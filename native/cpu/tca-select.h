@@ -14,9 +14,10 @@ struct tca_select_scratch {
 };
 
 // Importance of every token of a group under a metric; undoes what was done to the keys if the metric looks at them.
-//   hadamard: size of the matrices the keys were multiplied with, 0: none; importance [n_tokens] out
-void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, tca_select_scratch & scratch,
-        double * importance);
+//   hadamard: size of the matrices the keys were multiplied with, 0: none; observed [n_tokens]: see tca-observe.h, NULL unless
+//   the metric needs it; importance [n_tokens] out
+void tca_importance(const tca_metric & metric, const tca_group & group, int hadamard, const double * observed,
+        tca_select_scratch & scratch, double * importance);
 
 // Ranks the blocks by the sum of their tokens' importance (least redundant first, ties towards the newer block), gives the
 // largest keep count to the first counts[n_keep-1] of them and so on down, and keeps the most important tokens of each

@@ -183,21 +183,33 @@ static __global__ void __launch_bounds__(1024, 1) move_kernel(const tca_store s,
     }
 }
 
-// src: k, v, pos, desc
+// src: k, v, pos, desc, and q for metrics that look at queries
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor       * k      = dst->src[0];
     int32_t                 * pos    = (int32_t *) dst->src[2]->data;
     const tca_select_params & params = *tca_op_select_params(dst);
     const int                 dim    = k->ne[0];
 
-    const tca_store       s = tca_store_of(k, dst->src[1], dst->src[3], tca_op_get_params(dst).row);
-    const size_t    n_probe = params.metric->needs & TCA_NEEDS_PROBE ? (size_t) s.n_head_kv*dim : 0;
-    const tca_select_args p = tables_on_device(ctx.device, params, n_probe);
-    const size_t          n = (size_t) s.n_seqs*s.n_head_kv;
+    const tca_op_params   op = tca_op_get_params(dst);
+    const tca_store       s  = tca_store_of(k, dst->src[1], dst->src[3], op.row);
+    const size_t          n_probe = params.metric->needs & TCA_NEEDS_PROBE ? (size_t) s.n_head_kv*dim : 0;
+    const tca_select_args p  = tables_on_device(ctx.device, params, n_probe);
+    const size_t          n  = (size_t) s.n_seqs*s.n_head_kv;
+
+    tca_queries queries = {};
+    if (params.metric->needs & TCA_NEEDS_QUERIES) {
+        const ggml_tensor * q = dst->src[4];
+        queries.q       = (const float *) q->data;
+        queries.q_head  = q->nb[1]/sizeof(float);
+        queries.q_token = q->nb[2]/sizeof(float);
+        queries.gqa     = q->ne[1]/s.n_head_kv;
+        queries.scale   = op.scale;
+        queries.softcap = op.softcap;
+    }
 
     ggml_cuda_pool_alloc<int32_t> kept      (ctx.pool(), n*(p.group_size + 1));
     ggml_cuda_pool_alloc<double>  importance(ctx.pool(), n*p.group_size);
-    tca_cuda_importance(ctx, s, pos, p, *params.metric, dim, importance.get());
+    tca_cuda_importance(ctx, s, pos, p, queries, *params.metric, dim, importance.get());
 
     const int smem = (p.group_size + p.group_size/p.block_size)*sizeof(double);
     CUDA_CHECK(cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(smem, 48*1024)));

@@ -157,6 +157,10 @@ enum tca_impl { TCA_IMPL_REFERENCE = 0, TCA_IMPL_CPU = 1 };
 // Name of the i-th selection metric, a value of tca.metric; NULL past the last. Static storage.
 TCA_API const char * tca_metric_name(int32_t i);
 
+// Whether the metric of this name looks at the queries of a running model: tca_select() refuses it, and calibration has no use
+// for it. False for unknown names.
+TCA_API bool tca_metric_needs_queries(const char * name);
+
 // One group of one KV head, as the store holds it. All pointers are borrowed.
 struct tca_group {
     int32_t                 n_tokens;

@@ -146,7 +146,7 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
         ggml_build_forward_expand(gf, cur);
 
         if (inp->compacts && plan.layer_compacts(il)) {
-            ggml_tensor * compact = tca_build_compact(ctx, layer.k, layer.v, layer.pos, inp->desc, row, &layer.select);
+            ggml_tensor * compact = tca_build_compact(ctx, layer.k, layer.v, layer.pos, inp->desc, row, &layer.select, q, kq_scale, softcap);
             graph.cb(compact, "tca_compact", il);
             ggml_build_forward_expand(gf, compact);
         }

@@ -79,7 +79,7 @@ static void check_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type typ
         tca_build_append(ctx.get(), k, v, pos, kc, vc, desc, 0),
         tca_build_attn(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, nullptr),
         tca_build_attn_split(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, 1, nullptr),
-        tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select),
+        tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f),
     };
     for (ggml_tensor * node : nodes) {
         if (!ggml_backend_dev_supports_op(dev, node)) {

@@ -4,12 +4,14 @@
 #include <iterator>
 
 static const tca_metric METRICS[] = {
-    { TCA_METRIC_KEY_DIFF,   "key-diff",   TCA_NEEDS_KEYS,                   tca_metric_key_diff   },
-    { TCA_METRIC_KEY_PROBE,  "key-probe",  TCA_NEEDS_KEYS | TCA_NEEDS_PROBE, tca_metric_key_probe  },
-    { TCA_METRIC_KEY_NORM,   "key-norm",   TCA_NEEDS_KEYS,                   tca_metric_key_norm   },
-    { TCA_METRIC_VALUE_NORM, "value-norm", TCA_NEEDS_VALUES,                 tca_metric_value_norm },
-    { TCA_METRIC_STREAMING,  "streaming",  0,                                tca_metric_streaming  },
-    { TCA_METRIC_RANDOM,     "random",     0,                                tca_metric_random     },
+    { TCA_METRIC_KEY_DIFF,          "key-diff",          TCA_NEEDS_KEYS,                     tca_metric_key_diff          },
+    { TCA_METRIC_KEY_PROBE,         "key-probe",         TCA_NEEDS_KEYS | TCA_NEEDS_PROBE,   tca_metric_key_probe         },
+    { TCA_METRIC_KEY_NORM,          "key-norm",          TCA_NEEDS_KEYS,                     tca_metric_key_norm          },
+    { TCA_METRIC_VALUE_NORM,        "value-norm",        TCA_NEEDS_VALUES,                   tca_metric_value_norm        },
+    { TCA_METRIC_STREAMING,         "streaming",         0,                                  tca_metric_streaming         },
+    { TCA_METRIC_RANDOM,            "random",            0,                                  tca_metric_random            },
+    { TCA_METRIC_OBSERVED_ATTN,     "observed-attn",     TCA_NEEDS_QUERIES,                  tca_metric_observed_attn     },
+    { TCA_METRIC_KEY_DIFF_OBSERVED, "key-diff+observed", TCA_NEEDS_KEYS | TCA_NEEDS_QUERIES, tca_metric_key_diff_observed },
 };
 
 const tca_metric * tca_metric_find(const char * name) {

@@ -14,12 +14,15 @@ enum tca_metric_id : int {
     TCA_METRIC_VALUE_NORM,
     TCA_METRIC_STREAMING,
     TCA_METRIC_RANDOM,
+    TCA_METRIC_OBSERVED_ATTN,
+    TCA_METRIC_KEY_DIFF_OBSERVED,
 };
 
 enum tca_metric_needs {
-    TCA_NEEDS_KEYS   = 1,  // tca_metric_input::keys
-    TCA_NEEDS_VALUES = 2,  // tca_metric_input::values
-    TCA_NEEDS_PROBE  = 4,  // tca_metric_input::probe: the budgets must carry one
+    TCA_NEEDS_KEYS    = 1,  // tca_metric_input::keys
+    TCA_NEEDS_VALUES  = 2,  // tca_metric_input::values
+    TCA_NEEDS_PROBE   = 4,  // tca_metric_input::probe: the budgets must carry one
+    TCA_NEEDS_QUERIES = 8,  // tca_metric_input::observed: only a running model has it; nothing to calibrate with
 };
 
 // One group of one KV head. What the metric does not need may be NULL.
@@ -33,6 +36,8 @@ struct tca_metric_input {
     const float   * values;     // [n_tokens, head_dim_v], in a quantized cache multiplied by a Hadamard matrix (an isometry)
     const int32_t * positions;  // [n_tokens], increasing
     const float   * probe;      // [head_dim_k], of this head
+    const double  * observed;   // [n_tokens] attention that the last queries of the segment pay (cpu/tca-observe.h); NaN if the
+                                // input holds what is no number
 };
 
 // importance [n_tokens] out: the larger, the longer the token stays; finite whatever the input holds, because it is sorted.
@@ -55,9 +60,11 @@ const tca_metric * tca_metric_at(int i);
 // "key-diff, streaming, ...", for messages.
 std::string tca_metric_names();
 
-void tca_metric_key_diff  (const tca_metric_input & in, double * importance);
-void tca_metric_key_probe (const tca_metric_input & in, double * importance);
-void tca_metric_key_norm  (const tca_metric_input & in, double * importance);
-void tca_metric_value_norm(const tca_metric_input & in, double * importance);
-void tca_metric_streaming (const tca_metric_input & in, double * importance);
-void tca_metric_random    (const tca_metric_input & in, double * importance);
+void tca_metric_key_diff         (const tca_metric_input & in, double * importance);
+void tca_metric_key_probe        (const tca_metric_input & in, double * importance);
+void tca_metric_key_norm         (const tca_metric_input & in, double * importance);
+void tca_metric_value_norm       (const tca_metric_input & in, double * importance);
+void tca_metric_streaming        (const tca_metric_input & in, double * importance);
+void tca_metric_random           (const tca_metric_input & in, double * importance);
+void tca_metric_observed_attn    (const tca_metric_input & in, double * importance);
+void tca_metric_key_diff_observed(const tca_metric_input & in, double * importance);

@@ -1,6 +1,8 @@
 // Builders of the nodes. They name the CPU kernels, hence their place in the CPU backend's library.
 #include "tca-ops.h"
 
+#include "metrics/tca-metric.h"
+
 static ggml_tensor * finish(ggml_tensor * node, const tca_op_params & params) {
     tca_op_set_params(node, params);
     return node;
@@ -9,6 +11,10 @@ static ggml_tensor * finish(ggml_tensor * node, const tca_op_params & params) {
 static void check_store(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * desc, int row) {
     GGML_ASSERT(k->ne[1] == v->ne[1] && ggml_is_contiguous(k) && ggml_is_contiguous(v));
     GGML_ASSERT(desc->type == GGML_TYPE_I32 && desc->ne[0] == TCA_DESC_SIZE && row < desc->ne[3]);
+}
+
+static void check_queries(const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * desc) {
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && q->ne[1] % desc->ne[1] == 0);
 }
 
 ggml_tensor * tca_build_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * pos, ggml_tensor * k_cur,
@@ -25,7 +31,7 @@ ggml_tensor * tca_build_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor 
 ggml_tensor * tca_build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc, int row,
         float scale, float softcap, ggml_tensor * dst) {
     check_store(k, v, desc, row);
-    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && q->ne[1] % desc->ne[1] == 0);
+    check_queries(q, k, desc);
     ggml_tensor * args[] = { q, k, v, desc };
     ggml_tensor * node = dst ?
         ggml_custom_inplace(ctx, dst, args, 4, tca_cpu_attn, GGML_N_TASKS_MAX, nullptr) :
@@ -36,7 +42,7 @@ ggml_tensor * tca_build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * 
 ggml_tensor * tca_build_attn_split(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc,
         int row, float scale, float softcap, int n_chunks, ggml_tensor * dst) {
     check_store(k, v, desc, row);
-    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && q->ne[1] % desc->ne[1] == 0);
+    check_queries(q, k, desc);
     ggml_tensor * args[] = { q, k, v, desc };
     // per chunk and query: the unnormalised output, then the running maximum and sum of its softmax
     ggml_tensor * partial = finish(
@@ -53,9 +59,13 @@ ggml_tensor * tca_build_attn_split(ggml_context * ctx, ggml_tensor * q, ggml_ten
 }
 
 ggml_tensor * tca_build_compact(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * pos, ggml_tensor * desc,
-        int row, const tca_select_params * params) {
+        int row, const tca_select_params * params, ggml_tensor * q, float scale, float softcap) {
     check_store(k, v, desc, row);
-    ggml_tensor * args[] = { v, pos, desc };
-    return finish(ggml_custom_inplace(ctx, k, args, 3, tca_cpu_compact, GGML_N_TASKS_MAX, (void *) params),
-            { TCA_MAGIC, TCA_OP_COMPACT, row, 0.0f, 0.0f, 0 });
+    const bool observes = params->metric->needs & TCA_NEEDS_QUERIES;
+    if (observes) {
+        check_queries(q, k, desc);
+    }
+    ggml_tensor * args[] = { v, pos, desc, q };
+    return finish(ggml_custom_inplace(ctx, k, args, observes ? 4 : 3, tca_cpu_compact, GGML_N_TASKS_MAX, (void *) params),
+            { TCA_MAGIC, TCA_OP_COMPACT, row, observes ? scale : 0.0f, observes ? softcap : 0.0f, 0 });
 }

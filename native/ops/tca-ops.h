@@ -52,6 +52,7 @@ enum tca_op {
 
 enum {
     TCA_ATTN_CHUNK        = 512,  // slots a unit of ATTN_PARTIAL works on; results do not depend on the number of threads
+    TCA_OBSERVED_QUERIES  = 32,   // last queries of a segment that metrics with TCA_NEEDS_QUERIES look at
     TCA_ATTN_PARTIAL_ROWS = 64,   // PARTIAL is used up to this many (query token, query head of the GQA group) pairs
 };
 
@@ -91,9 +92,11 @@ struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml
         struct ggml_tensor * dst);
 
 // Selects the tokens of the group at GROUP that stay, moves them and everything behind the group down. In place.
-// Result: view of k.
+// q, scale, softcap: as the segment's attention has them; q becomes a source only for metrics with TCA_NEEDS_QUERIES, for others
+// it may be NULL.   Result: view of k.
 struct ggml_tensor * tca_build_compact(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * v,
-        struct ggml_tensor * pos, struct ggml_tensor * desc, int row, const tca_select_params * params);
+        struct ggml_tensor * pos, struct ggml_tensor * desc, int row, const tca_select_params * params, struct ggml_tensor * q,
+        float scale, float softcap);
 
 // Vector extension the CPU kernels were compiled for: "avx512", "avx2", "neon" or "generic".
 const char * tca_cpu_simd(void);

@@ -49,7 +49,7 @@ static double dot(const std::vector<double> & x, const std::vector<double> & y) 
     return sum;
 }
 
-static std::vector<double> key_diff(const tca_group & g, int hadamard) {
+static std::vector<double> key_diff(const tca_group & g, int hadamard, const double * /*observed*/) {
     const matrix x = plain_keys(g, hadamard);
     std::vector<double> mean(g.head_dim_k), importance(g.n_tokens);
     for (int i = 0; i < g.head_dim_k; ++i) {
@@ -67,7 +67,7 @@ static std::vector<double> key_diff(const tca_group & g, int hadamard) {
     return importance;
 }
 
-static std::vector<double> key_norm(const tca_group & g, int hadamard) {
+static std::vector<double> key_norm(const tca_group & g, int hadamard, const double * /*observed*/) {
     const matrix x = plain_keys(g, hadamard);
     std::vector<double> importance(g.n_tokens);
     for (int t = 0; t < g.n_tokens; ++t) {
@@ -77,7 +77,7 @@ static std::vector<double> key_norm(const tca_group & g, int hadamard) {
     return importance;
 }
 
-static std::vector<double> key_probe(const tca_group & g, int hadamard) {
+static std::vector<double> key_probe(const tca_group & g, int hadamard, const double * /*observed*/) {
     const matrix x = plain_keys(g, hadamard);
     const std::vector<double> probe(g.probe, g.probe + g.head_dim_k);
     std::vector<double> importance(g.n_tokens);
@@ -88,7 +88,7 @@ static std::vector<double> key_probe(const tca_group & g, int hadamard) {
     return importance;
 }
 
-static std::vector<double> value_norm(const tca_group & g, int /*hadamard*/) {
+static std::vector<double> value_norm(const tca_group & g, int /*hadamard*/, const double * /*observed*/) {
     std::vector<double> importance(g.n_tokens);
     for (int t = 0; t < g.n_tokens; ++t) {
         const std::vector<double> x(g.values + t*g.head_dim_v, g.values + (t + 1)*g.head_dim_v);
@@ -98,11 +98,11 @@ static std::vector<double> value_norm(const tca_group & g, int /*hadamard*/) {
     return importance;
 }
 
-static std::vector<double> streaming(const tca_group & g, int /*hadamard*/) {
+static std::vector<double> streaming(const tca_group & g, int /*hadamard*/, const double * /*observed*/) {
     return { g.positions, g.positions + g.n_tokens };
 }
 
-static std::vector<double> hashed(const tca_group & g, int /*hadamard*/) {
+static std::vector<double> hashed(const tca_group & g, int /*hadamard*/, const double * /*observed*/) {
     std::vector<double> importance(g.n_tokens);
     for (int t = 0; t < g.n_tokens; ++t) {
         const uint64_t id = g.positions[t]*(1ull << 32) + g.layer*(1ull << 16) + g.head;
@@ -115,14 +115,63 @@ static std::vector<double> hashed(const tca_group & g, int /*hadamard*/) {
     return importance;
 }
 
-static const std::map<std::string, std::vector<double> (*)(const tca_group &, int)> METRICS = {
-    { "key-diff", key_diff }, { "key-probe", key_probe }, { "key-norm", key_norm }, { "value-norm", value_norm }, { "streaming", streaming }, { "random", hashed },
+static std::vector<double> observed_attn(const tca_group & g, int /*hadamard*/, const double * observed) {
+    std::vector<double> importance(observed, observed + g.n_tokens);
+    for (double & x : importance) {
+        x = std::isfinite(x) ? x : 0.0;
+    }
+    return importance;
+}
+
+static std::vector<double> key_diff_observed(const tca_group & g, int hadamard, const double * observed) {
+    const std::vector<double> a = key_diff(g, hadamard, observed), b = observed_attn(g, hadamard, observed);
+    std::vector<double> importance(g.n_tokens);
+    for (int t = 0; t < g.n_tokens; ++t) {
+        for (int o = 0; o < g.n_tokens; ++o) {
+            importance[t] += (a[o] < a[t]) + (b[o] < b[t]);
+        }
+    }
+    return importance;
+}
+
+static const std::map<std::string, std::vector<double> (*)(const tca_group &, int, const double *)> METRICS = {
+    { "key-diff",   key_diff   }, { "key-probe",     key_probe     }, { "key-norm",          key_norm          },
+    { "value-norm", value_norm }, { "streaming",     streaming     }, { "random",            hashed            },
+    { "observed-attn", observed_attn }, { "key-diff+observed", key_diff_observed },
 };
 
-int32_t tca_reference_select(const char * metric, const tca_group & g, int32_t hadamard, int32_t block_size, int32_t n_keep,
-        const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores) {
+void tca_reference_observe(const float * q, const float * k, int32_t n_queries, int32_t n_head, int32_t first_head, int32_t gqa,
+        int32_t head_dim_k, int64_t n_slots, float scale, float softcap, double * observed) {
+    std::fill_n(observed, n_slots, 0.0);
+    for (int h = first_head; h < first_head + gqa; ++h) {
+        for (int t = 0; t < n_queries; ++t) {
+            const int64_t n_visible = n_slots - n_queries + t + 1;
+            std::vector<double> s(n_visible);
+            double max = -DBL_MAX, sum = 0.0;
+            for (int64_t j = 0; j < n_visible; ++j) {
+                for (int i = 0; i < head_dim_k; ++i) {
+                    s[j] += (double) q[((int64_t) t*n_head + h)*head_dim_k + i]*k[j*head_dim_k + i];
+                }
+                s[j] *= scale;
+                if (softcap != 0.0f) {
+                    s[j] = softcap*std::tanh(s[j]/softcap);
+                }
+                max = std::fmax(max, s[j]);
+            }
+            for (int64_t j = 0; j < n_visible; ++j) {
+                sum += std::exp(s[j] - max);
+            }
+            for (int64_t j = 0; j < n_visible; ++j) {
+                observed[j] += std::exp(s[j] - max)/sum;
+            }
+        }
+    }
+}
+
+int32_t tca_reference_select(const char * metric, const tca_group & g, int32_t hadamard, const double * observed,
+        int32_t block_size, int32_t n_keep, const int32_t * keep_counts, const int32_t * counts, int32_t * kept, float * scores) {
     const int n_tokens = g.n_tokens;
-    const std::vector<double> importance = METRICS.at(metric)(g, hadamard);
+    const std::vector<double> importance = METRICS.at(metric)(g, hadamard, observed);
     std::copy(importance.begin(), importance.end(), scores);
 
     const int n_blocks = n_tokens/block_size;

@@ -154,7 +154,7 @@ static double compaction(const bench_case & c) {
         ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
         ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
         positions.push_back(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (GROUP + WINDOW)*c.n_head_kv));
-        ggml_build_forward_expand(gf, tca_build_compact(ctx.get(), k, v, positions.back(), desc, 0, &params));
+        ggml_build_forward_expand(gf, tca_build_compact(ctx.get(), k, v, positions.back(), desc, 0, &params, nullptr, 0.0f, 0.0f));
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
     random_t rng(1);

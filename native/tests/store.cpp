@@ -102,15 +102,21 @@ void test_store::cut(region_t & r, int64_t n) {
     r.pos.resize(n);
 }
 
-void test_store::expect_compact(region_t & r, int head, int64_t group, int32_t config, const tca_select_params & p) {
+void test_store::expect_compact(region_t & r, int head, const test_segment & seg, const micro_batch & mb, const tca_select_params & p) {
+    const int64_t group = seg.group[head];
     const std::vector<float> keys   = to_f32(shape.type_k, r.k.data() + group*row_k, (int64_t) p.group_size*shape.dk);
     const std::vector<float> values = to_f32(shape.type_v, r.v.data() + group*row_v, (int64_t) p.group_size*shape.dv);
     std::vector<int32_t> kept(p.group_size);
     std::vector<float>   scores(p.group_size);
     const tca_group g = { p.group_size, shape.dk, shape.dv, p.layer, head, keys.data(), values.data(), r.pos.data() + group, &p.rope,
         p.probe ? p.probe + (size_t) head*shape.dk : nullptr };
-    const int n = tca_reference_select(p.metric->name, g, p.hadamard, p.block_size, p.n_keep, p.keep_counts,
-            p.configs + (size_t) config*p.n_keep, kept.data(), scores.data());
+    const int64_t used   = r.pos.size();
+    const int     newest = std::min(seg.count, (int) TCA_OBSERVED_QUERIES), n_head = shape.n_head_kv*shape.gqa;
+    std::vector<double> observed(used);
+    tca_reference_observe(&mb.q[(size_t) (seg.token + seg.count - newest)*n_head*shape.dk], to_f32(shape.type_k, r.k.data(), used*shape.dk).data(),
+            newest, n_head, head*shape.gqa, shape.gqa, shape.dk, used, shape.scale, shape.softcap, observed.data());
+    const int n = tca_reference_select(p.metric->name, g, p.hadamard, observed.data() + group, p.block_size, p.n_keep, p.keep_counts,
+            p.configs + (size_t) seg.config[head]*p.n_keep, kept.data(), scores.data());
     region_t res = r;
     cut(res, group);
     for (int64_t i = 0; i < (int64_t) r.pos.size() - group; ++i) {
@@ -274,7 +280,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
                     written[seg.token + t] = true;
                 }
                 if (compacts && d[TCA_DESC_CONFIG] != TCA_HEAD_DENSE) {
-                    expect_compact(r, h, seg.group[h], seg.config[h], *o.select);
+                    expect_compact(r, h, seg, mb, *o.select);
                 }
             }
             max_count = std::max<int64_t>(max_count, seg.count);
@@ -309,7 +315,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
         ggml_build_forward_expand(gf, ka);
         ggml_build_forward_expand(gf, cur);
         if (o.select) {
-            ggml_tensor * compact = tca_build_compact(ctx.get(), tk, tv, tp, td, row, o.select);
+            ggml_tensor * compact = tca_build_compact(ctx.get(), tk, tv, tp, td, row, o.select, q, s.scale, s.softcap);
             give(compact);
             ggml_build_forward_expand(gf, compact);
         }

@@ -92,5 +92,5 @@ private:
 
     void cut(region_t & r, int64_t n);
     void expect_append(region_t & r, const float * k_row, const float * v_row, int32_t position);
-    void expect_compact(region_t & r, int head, int64_t group, int32_t config, const tca_select_params & p);
+    void expect_compact(region_t & r, int head, const test_segment & seg, const micro_batch & mb, const tca_select_params & p);
 };

@@ -201,7 +201,7 @@ static op_result run(ggml_backend_t backend, const op_case & c, const op_data & 
     ggml_build_forward_expand(gf, kv);
     ggml_build_forward_expand(gf, out);
     if (c.compact) {
-        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, desc, 0, &data.select));
+        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, desc, 0, &data.select, q, scale, c.softcap));
     }
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         CHECK(ggml_backend_supports_op(backend, ggml_graph_node(gf, i)), "node %d: %s", i, c.name().c_str());
@@ -335,15 +335,16 @@ TEST(cuda_takes_every_metric_and_no_other) {
     ggml_tensor * v    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, 128, 64);
     ggml_tensor * pos  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 64);
     ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, 1, 1, 1);
+    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, 128, 4, 1);
     tca_select_params select = {};
     for (int i = 0; tca_metric_at(i) != nullptr; ++i) {
         select.metric = tca_metric_at(i);
-        CHECK(ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select)), "%s is refused", select.metric->name);
+        CHECK(ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f)), "%s is refused", select.metric->name);
     }
     tca_metric unknown = *tca_metric_at(0);
     unknown.id    = (tca_metric_id) 1000;
     select.metric = &unknown;
-    CHECK(!ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select)), "an unknown metric is taken");
+    CHECK(!ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f)), "an unknown metric is taken");
 }
 
 // Every case by key-diff and by one of the other metrics in turn.
@@ -373,7 +374,13 @@ TEST(cuda_keeps_the_same_slots) {
         }
         c.broken = !ggml_is_quantized(c.type_k) && rng.below(8) == 0;
         compare(c, 5000 + i);
-        c.metric = tca_metric_at(1 + i % (n_metrics - 1))->name;
+        const tca_metric & metric = *tca_metric_at(1 + i % (n_metrics - 1));
+        c.metric = metric.name;
+        if (metric.needs & TCA_NEEDS_QUERIES) {
+            c.gqa      = rng.range(1, 7);
+            c.n_tokens = rng.pick<int>({ 1, 2, 31, 32, 33, 70 });
+            c.softcap  = rng.below(4) == 0 ? 30.0f : 0.0f;
+        }
         compare(c, 5000 + i);
     }
 }
@@ -516,7 +523,7 @@ static void bench_compact(ggml_type type) {
     ggml_tensor * d = ggml_new_tensor_4d(x, GGML_TYPE_I32, TCA_DESC_SIZE, 8, 1, 1);
     ggml_cgraph * gf = ggml_new_graph(x);
     for (int i = 0; i < 10; ++i) {
-        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, d, 0, &data.select));
+        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, d, 0, &data.select, nullptr, 0.0f, 0.0f));
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(x, gpu_backend()) };
     ggml_backend_tensor_set(k, data.k.data(), 0, ggml_nbytes(k));

@@ -2,7 +2,13 @@
 // in one graph as the runtime builds it, rollbacks in between; after every step every byte is compared.
 #include "store.h"
 
+#include "cpu/tca-observe.h"
+#include "cpu/tca-select.h"
 #include "plan/tca-plan.h"
+#include "reference/tca-reference.h"
+
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -386,6 +392,159 @@ TEST(compaction_alone) {
                 store.run(mb, o);
                 CHECK((int64_t) store.regions[1][0].pos.size() == before + 3*keep + behind + 1, "length");
                 CHECK((int64_t) store.regions[1][1].pos.size() == before + group + behind + 1, "the dense head changed");
+            }
+        }
+    }
+}
+
+// What a group gets from the last queries, against the reference, one region of a random shape each: equal keys, keys and queries
+// of zeros, numbers that are none.
+TEST(observed_attention) {
+    ggml_cpu_init();  // tables that the f16 conversions need
+    random_t rng(17);
+    int n_broken = 0, n_ties = 0;
+    for (int i = 0; i < 300; ++i) {
+        const ggml_type type = rng.pick(TYPES);
+        const int dim = fits(type, 80) ? rng.pick<int>({ 32, 64, 80, 128 }) : rng.pick<int>({ 32, 64, 128 });
+        const int n_head_kv = rng.range(1, 3), gqa = rng.range(1, 5), head = rng.below(n_head_kv), n_head = n_head_kv*gqa;
+        const int count = rng.pick<int>({ 1, 2, 31, 32, 33, 70 }), token = rng.below(4), offset = rng.below(3);
+        const int n = 16*rng.range(1, 4), used = n + count + rng.below(200);
+        const float scale = 0.2f, softcap = rng.below(3) == 0 ? 20.0f : 0.0f;
+        const int kind = i % 6;  // 0, 1: random
+
+        std::vector<float> k((size_t) (offset + used)*dim), q((size_t) (token + count)*n_head*dim);
+        for (float & x : k) { x = kind == 2 ? 0.0f : rng.normal(); }
+        for (float & x : q) { x = kind == 3 ? 0.0f : rng.normal(); }
+        for (int slot = 1; kind == 4 && slot < offset + used; ++slot) {
+            if (rng.below(2)) {
+                std::copy_n(&k[(size_t) slot/7*7*dim], dim, &k[(size_t) slot*dim]);
+            }
+        }
+        const bool broken = kind == 5 && !ggml_is_quantized(type);
+        if (broken) {
+            (rng.below(2) ? k : q)[rng.below(std::min(k.size(), q.size()))] = rng.pick<float>({ NAN, INFINITY, -INFINITY });
+        }
+        const ggml_context_ptr ctx { ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }) };
+        ggml_tensor * tq = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, dim, n_head, token + count);
+        ggml_tensor * tk = ggml_new_tensor_2d(ctx.get(), type, dim, offset + used);
+        std::vector<uint8_t> rows(ggml_nbytes(tk));
+        ggml_get_type_traits_cpu(type)->from_float(k.data(), rows.data(), k.size());
+        tq->data = q.data();
+        tk->data = rows.data();
+        int32_t d[TCA_DESC_SIZE] = {};
+        d[TCA_DESC_OFFSET] = offset;
+        d[TCA_DESC_TOKEN]  = token;
+        d[TCA_DESC_COUNT]  = count;
+        d[TCA_DESC_GROUP]  = rng.below(used - n + 1);
+        d[TCA_DESC_USED]   = used;
+
+        tca_observe_scratch scratch;
+        std::vector<double> got(n), want(used), scores(n);
+        tca_observe(tq, tk, d, head, n_head_kv, scale, softcap, n, scratch, got.data());
+
+        std::vector<float> stored(k);
+        if (type != GGML_TYPE_F32) {
+            ggml_get_type_traits(type)->to_float(rows.data(), stored.data(), stored.size());
+        }
+        const int newest = std::min(count, (int) TCA_OBSERVED_QUERIES);
+        tca_reference_observe(&q[(size_t) (token + count - newest)*n_head*dim], &stored[(size_t) offset*dim], newest, n_head, head*gqa, gqa,
+                dim, used, scale, softcap, want.data());
+
+        const std::vector<int32_t> positions(n, 0);
+        const tca_group g = { n, dim, dim, 0, 0, nullptr, nullptr, positions.data(), nullptr, nullptr };
+        tca_select_scratch select_scratch;
+        tca_importance(*tca_metric_find("observed-attn"), g, 0, got.data(), select_scratch, scores.data());
+        for (int t = 0; t < n; ++t) {
+            const double expected = want[d[TCA_DESC_GROUP] + t];
+            CHECK(std::isfinite(scores[t]), "case %d: token %d is %g", i, t, scores[t]);
+            CHECK(std::isfinite(got[t]) == std::isfinite(expected), "case %d: token %d is %g, not %g", i, t, got[t], expected);
+            const double score = std::isfinite(expected) ? expected : 0.0;
+            CHECK(std::fabs(scores[t] - score) <= 1e-12*(1.0 + score), "case %d: token %d gets %.17g, not %.17g", i, t, scores[t], score);
+            n_broken += !std::isfinite(expected);
+            // equal keys that the same queries see tie exactly
+            const uint8_t * row = rows.data() + (offset + d[TCA_DESC_GROUP] + t)*tk->nb[1];
+            if (t > 0 && d[TCA_DESC_GROUP] + t <= used - newest && memcmp(row, row - tk->nb[1], tk->nb[1]) == 0) {
+                CHECK(scores[t] == scores[t - 1], "case %d: equal tokens %d get %.17g and %.17g", i, t, scores[t], scores[t - 1]);
+                ++n_ties;
+            }
+        }
+    }
+    CHECK(n_broken > 100 && n_ties > 1000, "the test no longer reaches what it is for: %d, %d", n_broken, n_ties);
+}
+
+// A token that the last queries look at stays, in every block and whichever head of the GQA group looks; what only earlier
+// queries of the segment look at goes.
+TEST(what_the_last_queries_look_at_stays) {
+    int n = 0;
+    for (const ggml_type type : TYPES) {
+        for (const float softcap : { 0.0f, 50.0f }) {
+            for (const int gqa : { 1, 3 }) {
+                const int block = 8, n_blocks = 8, group = block*n_blocks, before = 5, past = before + group + 9, count = 40, dim = 32;
+                store_shape s;
+                s.type_k = s.type_v = type;
+                s.dk = s.dv = dim;
+                s.n_head_kv = 2;
+                s.gqa       = gqa;
+                s.scale     = 1.0f;
+                s.softcap   = softcap;
+                s.capacity  = { { past + count, past + count } };
+                test_store store(s, ++n);
+                random_t rng(n);
+                micro_batch mb;
+                mb.fill(s, count, rng);
+                test_segment seg;
+                seg.count  = count;
+                seg.pos    = past;
+                seg.group  = { before, before };
+                seg.config = { 0, 0 };
+                mb.segments = { { seg } };
+
+                const auto needle = [&](int b, int h) { return before + b*block + (3*b + h) % block; };
+                const auto decoy  = [&](int b, int h) { return before + b*block + (3*b + h + 4) % block; };
+                for (int h = 0; h < 2; ++h) {
+                    std::vector<std::vector<float>> keys(past, std::vector<float>(dim));
+                    for (int slot = 0; slot < past; ++slot) {
+                        double norm = 0.0;
+                        for (float & x : keys[slot]) {
+                            x = rng.normal();
+                            norm += x*x;
+                        }
+                        for (float & x : keys[slot]) {
+                            x *= 5.0/std::sqrt(norm);
+                        }
+                        store.append(store.regions[0][h], keys[slot].data(), keys[slot].data(), slot);
+                    }
+                    for (int t = 0; t < count; ++t) {
+                        for (int g = 0; g < gqa; ++g) {
+                            const int  b    = (t + g) % n_blocks;
+                            const auto & at = keys[t < count - TCA_OBSERVED_QUERIES ? decoy(b, h) : needle(b, h)];
+                            for (int e = 0; e < dim; ++e) {
+                                mb.q[((size_t) (t*2 + h)*gqa + g)*dim + e] = at[e];
+                            }
+                        }
+                    }
+                }
+                const int32_t keep = 1, config = n_blocks;
+                tca_select_params select = {};
+                select.block_size  = block;
+                select.group_size  = group;
+                select.n_keep      = 1;
+                select.n_configs   = 1;
+                select.keep_counts = &keep;
+                select.configs     = &config;
+                select.rope.type   = TCA_ROPE_NONE;
+                select.rope.scale  = 1.0f;
+                select.metric      = tca_metric_find("observed-attn");
+                step_options o;
+                o.select = &select;
+                store.run(mb, o);
+                for (int h = 0; h < 2; ++h) {
+                    const std::vector<int32_t> & pos = store.regions[0][h].pos;
+                    for (int b = 0; b < n_blocks; ++b) {
+                        CHECK(std::binary_search(pos.begin(), pos.end(), needle(b, h)), "%s: needle %d of head %d is lost", s.name().c_str(), b, h);
+                    }
+                    CHECK((int) pos.size() == past + count - group + n_blocks, "length");
+                }
             }
         }
     }

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_context import BF16, BLOCK, F16, F32, GROUP, Q4_0, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
+from runtime_context import BF16, BLOCK, F16, F32, FIRST, GROUP, Q4_0, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
 from tca_gguf import gguf_file, native
 from tca_gguf.budgets import Budgets
+from tca_gguf.calib.runtime import Session
 
 N = 430  # tokens: five groups are compacted, and the last of them mid-way through a micro-batch of any size
 
@@ -105,6 +106,54 @@ def test_a_metric_knows_the_head_and_the_positions(metric: str, stock_model: Pat
             expected.append(positions)
         got = everything[layer * budgets.n_head_kv + head]
         np.testing.assert_array_equal(got, np.sort(np.concatenate(expected)), err_msg=f"layer {layer} head {head}")
+
+
+@pytest.mark.parametrize("metric", ["observed-attn", "key-diff+observed"])
+def test_the_last_queries_decide(metric: str, stock_model: Path, tmp_path: Path, ids: list[int]) -> None:
+    """Until the first group goes every layer sees what it sees with the stock cache: its Q and K say which tokens must stay.
+
+    A quantized cache holds keys, and gets queries, that were multiplied by Hadamard matrices: nearly the same tokens stay.
+    """
+    keep, n_ubatch = 4, 100  # tokens of every block; the last micro-batch has 28 queries
+    captured: dict[int, tuple[np.ndarray, np.ndarray, float]] = {}
+
+    def on_layer(qkv: native.LayerQKV) -> None:
+        captured[qkv.layer] = (qkv.q.astype(np.float64), qkv.k.astype(np.float64), qkv.scale)
+
+    with Session(stock_model, 256, n_ubatch=n_ubatch, n_threads=1, capture=native.Capture(on_layer)) as session:
+        for first in range(0, FIRST, n_ubatch):
+            session.decode(np.array(ids[first : min(first + n_ubatch, FIRST)], np.int32))
+        rope = native.context_rope(session.address, 0)
+
+    budgets = make_budgets(stock_model, metric=metric, keep_counts=(keep,), configs=np.array([[GROUP // BLOCK]], np.int32))
+    budgets.head_config[:] = 0
+    gguf_file.embed_budgets(stock_model, tmp_path / "model.gguf", budgets)
+    kept = {}
+    for kv_type in (F16, Q8_0):
+        with Context(tmp_path / "model.gguf", type_k=kv_type, type_v=kv_type, n_ubatch=n_ubatch) as c:
+            c.feed(ids[:FIRST])
+            assert c.sequence() == (FIRST, 1)
+            kept[kv_type] = c.positions()
+
+    same: dict[int, list[float]] = {F16: [], Q8_0: []}
+    group = np.arange(SINKS, SINKS + GROUP)
+    for (layer, head), _ in np.ndenumerate(budgets.head_config):
+        q, k, scale = captured[layer]
+        q = q.reshape(len(k), -1, *q.shape[1:])[head]  # [gqa, n, head_dim]
+        assert q.shape[1] == FIRST - n_ubatch
+        seen = np.arange(FIRST) <= n_ubatch + np.arange(q.shape[1])[:, None]
+        scores = np.where(seen, scale * q @ k[head].T, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        importance = (weights / weights.sum(axis=-1, keepdims=True)).sum(axis=(0, 1))[group]
+        if metric == "key-diff+observed":
+            by_key = native.select(k[head, group], group, rope, BLOCK, (keep,), (GROUP // BLOCK,), "key-diff")[1]
+            importance = importance.argsort().argsort() + by_key.argsort().argsort()
+        expected = [group[block + i] for block in range(0, GROUP, BLOCK)
+                    for i in np.lexsort((np.arange(BLOCK), importance[block : block + BLOCK]))[-keep:]]  # fmt: skip
+        for kv_type, positions in kept.items():
+            found = positions[layer * budgets.n_head_kv + head]
+            same[kv_type].append(len(np.intersect1d(found, expected)) / len(expected))
+    assert np.mean(same[F16]) > 0.99 and np.mean(same[Q8_0]) > 0.9, (np.mean(same[F16]), np.mean(same[Q8_0]))
 
 
 @pytest.mark.parametrize("types", [(F16, F16), (BF16, BF16), (Q8_0, Q8_0), (Q4_0, Q4_0), (F16, Q8_0)], ids=str)

@@ -1,5 +1,6 @@
 """The steps of calibration put together, over a made-up model in place of the runtime."""
 
+import re
 import sys
 import types
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from tca_gguf.budgets import SLIDING
 from tca_gguf.calib.capture import run_capture, run_probe_fit
 from tca_gguf.calib.configs import config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
-from tca_gguf.calib.pipeline import COSTS, Measurement, choose_budgets, part_of
+from tca_gguf.calib.pipeline import COSTS, Measurement, choose_budgets, measure, part_of
 from tca_gguf.calib.probe import ProbeFit
 from tca_gguf.calib.stream import Layout
 from tca_gguf.calib.texts import KINDS, CalibrationText
@@ -65,6 +66,12 @@ def test_a_cost_that_was_not_measured_is_refused():
     assert choose_budgets(m, 0.4, cost="head").kept_fraction > 0.3
     with pytest.raises(TcaError, match="'layer'"):
         choose_budgets(m, 0.4)
+
+
+@pytest.mark.parametrize("metric", ["observed-attn", "key-diff+observed"])
+def test_a_metric_that_looks_at_queries_is_refused_before_anything_is_read(metric):
+    with pytest.raises(TcaError, match=f"{re.escape(metric)} looks at the queries of a running model, so there is nothing to calibrate"):
+        measure("no-such-model.gguf", metric=metric)
 
 
 def test_each_cost_is_minimised():

@@ -85,7 +85,10 @@ def numpy_select(case: Case, metric: str) -> tuple[list[int], np.ndarray]:
 
 
 def test_every_metric_has_a_reference() -> None:
-    assert set(native.metrics()) == set(reference_select.METRICS)
+    with_queries = {metric for metric in native.metrics() if native.needs_queries(metric)}
+    assert set(native.metrics()) == set(reference_select.METRICS) | with_queries
+    # native/tests/test-store.cpp and tests/integration/test_runtime_eviction.py compare these
+    assert with_queries == {"observed-attn", "key-diff+observed"} and not native.needs_queries("nothing")
     assert native.metrics()[0] == "key-diff"  # the default stands first in messages
 
 
@@ -185,6 +188,8 @@ def test_streaming_keeps_the_newest() -> None:
     [
         ({"metric": "nothing"}, "unknown metric, this build knows: key-diff, "),
         ({"metric": "value-norm"}, "looks at values, none were given"),
+        ({"metric": "observed-attn"}, "looks at queries, which only a running model has"),
+        ({"metric": "key-diff+observed"}, "looks at queries, which only a running model has"),
         ({"metric": "key-probe"}, "needs a probe, none was given"),
         ({"metric": "key-probe", "probe": np.ones(9)}, "head_dim = 8 is needed"),
         ({"metric": "value-norm", "values": np.ones((31, 8))}, "n = 32 is needed"),
