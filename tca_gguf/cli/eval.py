@@ -85,7 +85,7 @@ def notes_of(rows: list[dict[str, Any]]) -> list[str]:
               help=f"What to test: {', '.join(SUITE_NAMES)}.")  # fmt: skip
 @click.option("--lengths", type=IntList(), default="4096", show_default=True, help="Tokens of the window: the text, a question and its answer.")
 @click.option("--policy", "policies", type=NameList(), metavar="NAME,...",
-              help="calibrated; a metric (key-diff, ...) under uniform budgets, or METRIC@R at fraction R; another .gguf file for its budgets; dense-q8_0 or dense-q4_0.  [default: calibrated, that is the file's own budgets]")  # fmt: skip
+              help="calibrated; a metric (key-diff, ...) under uniform budgets; streaming-llm, sinks and a window of the same bytes; either at a fraction of its own as NAME@R; another .gguf file for its budgets; dense-q8_0 or dense-q4_0.  [default: calibrated, that is the file's own budgets]")  # fmt: skip
 @click.option("--keep", "keeps", type=FractionList(), help="Calibrate at these kept fractions (nothing is written), and give them to the uniform policies too.")
 @click.option("--uniform", type=Number(0.0, 1.0, above=True), help="Uniform budgets with this kept fraction; without --policy for key-diff.")
 @click.option("--samples", type=Number(1, 100000), help="Questions of a suite at a length (kld: positions, reasoning: chains).  [default: as suits each]")

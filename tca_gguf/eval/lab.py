@@ -16,7 +16,7 @@ from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape
 from tca_gguf.loading import KV_TYPES
 
-from .policies import DENSE, Policy
+from .policies import DENSE, Policy, context_size
 from .questions import Question, is_complete, score
 
 GENERATED_COST = 6  # a generated token takes about as long as so many tokens of a text; for the time left only
@@ -71,7 +71,7 @@ class Lab:
         # as in `open_llama`: without flash attention the stock cache is faster on the CPU, where its type allows that
         flash = policy.budgets is not None or policy.kv_type != "f16" or self.settings.n_gpu_layers != 0
         self.model.set_budgets(policy.budgets)
-        with Session(self.model, -(-n_ctx // 256) * 256, n_threads=self.settings.n_threads or None, n_outputs=n_outputs,
+        with Session(self.model, context_size(n_ctx), n_threads=self.settings.n_threads or None, n_outputs=n_outputs,
                      type_k=kv_type, type_v=kv_type, flash=flash) as session:  # fmt: skip
             if native.context_info(session.address).active != (policy.budgets is not None):
                 raise TcaError(f"{self.model.path}: policy {policy.name} did not get the cache it asked for")

@@ -3,7 +3,8 @@
 calibrated        the budgets of the file, or those that calibration finds at a kept fraction
 calibrated:NAME   calibrated for another metric
 NAME              a metric of tca.metric (key-diff, ...) under uniform budgets: the same configuration for every head
-NAME@R            the same at kept fraction R, whatever the others have
+streaming-llm     sinks and window alone, at the bytes of uniform budgets (streaming_llm.py)
+NAME@R            the last two at kept fraction R, whatever the others have
 PATH.gguf         the budgets that another file of the same model carries
 dense-q8_0, dense-q4_0   the stock cache with quantized keys and values: nothing is evicted
 """
@@ -11,7 +12,7 @@ dense-q8_0, dense-q4_0   the stock cache with quantized keys and values: nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, read_budgets
 
+from . import streaming_llm
+
 CALIBRATED = "calibrated"
 DEFAULT_METRIC = "key-diff"
 DENSE_TYPES = {"dense-q8_0": "q8_0", "dense-q4_0": "q4_0"}
@@ -31,18 +34,35 @@ SIGMA = 2.0  # of the uniform configuration: the best width for uniform budgets,
 
 @dataclass(frozen=True)
 class Policy:
-    """One cache to evaluate. budgets None: the stock cache. keep: the mean kept fraction that the budgets really have."""
+    """One cache to evaluate. budgets None: the stock cache.
+
+    matched: for budgets that depend on the length, those whose bytes they are given. keep: the mean kept fraction that the
+    budgets really have, of the matched ones where there are any, so that rows of equal bytes show equal fractions.
+    """
 
     name: str
     kv_type: str
     budgets: Budgets | None = None
+    matched: Budgets | None = None
 
     @property
     def keep(self) -> float:
-        return 1.0 if self.budgets is None else float(np.nanmean(self.budgets.head_kept_fraction()))
+        budgets = self.matched or self.budgets
+        return 1.0 if budgets is None else float(np.nanmean(budgets.head_kept_fraction()))
+
+    def at(self, n_ctx: int, n_text: int | None = None) -> Policy:
+        """The policy in a context of ``n_ctx`` tokens; n_text: where the text ends and questions begin, if that matters."""
+        if self.matched is None:
+            return self
+        return replace(self, budgets=streaming_llm.streaming_budgets(self.matched, context_size(n_ctx), n_text))
 
 
 DENSE = Policy("dense", "f16")
+
+
+def context_size(n_tokens: int) -> int:
+    """Tokens of a context for so many: llama.cpp pads to this."""
+    return -(-n_tokens // 256) * 256
 
 
 def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEEP_COUNTS) -> np.ndarray:
@@ -95,8 +115,10 @@ def make_policies(
     """
     layout = layout_of(own)
 
-    def uniform(metric: str, keep: float) -> Budgets:
-        return uniform_budgets(shape, metric, keep, layout, full(), own.probe if own is not None else None)
+    def uniform(name: str, keep: float) -> Policy:
+        streams = name == streaming_llm.NAME
+        budgets = uniform_budgets(shape, DEFAULT_METRIC if streams else name, keep, layout, full(), own.probe if own is not None else None)
+        return Policy(name, kv_type, budgets, budgets if streams else None)
 
     once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, uniform)) is not None]
     others = [name for name in names if name not in DENSE_TYPES and not name.endswith(".gguf") and "@" not in name]
@@ -107,8 +129,9 @@ def make_policies(
         for name in others:
             base, _, metric = name.partition(":")
             if base != CALIBRATED:
-                budgets = uniform(name, keep)
-            elif keeps and calibrate is not None:
+                policies.append(uniform(name, keep))
+                continue
+            if keeps and calibrate is not None:
                 budgets = calibrate(metric or (own.metric if own is not None else DEFAULT_METRIC), keep)
             elif own is None or (metric and metric != own.metric):
                 raise TcaError(f"{name} needs --keep: " + ("the file carries no budgets" if own is None else f"the file was calibrated for {own.metric}"))
@@ -119,7 +142,7 @@ def make_policies(
     return policies + sorted(once, key=lambda policy: policy.budgets is None)
 
 
-def fixed_policy(name: str, kv_type: str, shape: ModelShape, uniform: Callable[[str, float], Budgets]) -> Policy | None:
+def fixed_policy(name: str, kv_type: str, shape: ModelShape, uniform: Callable[[str, float], Policy]) -> Policy | None:
     """A policy whose kept fraction does not follow from the options; None for the others. Raises TcaError."""
     if name in DENSE_TYPES:
         return Policy(name, DENSE_TYPES[name])
@@ -139,4 +162,4 @@ def fixed_policy(name: str, kv_type: str, shape: ModelShape, uniform: Callable[[
         keep = 0.0
     if not 0 < keep <= 1:
         raise TcaError(f"policy {name}: what follows the @ must be a kept fraction above 0 and at most 1")
-    return Policy(metric, kv_type, uniform(metric, keep))
+    return uniform(metric, keep)

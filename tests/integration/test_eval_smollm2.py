@@ -68,6 +68,32 @@ def test_kld(smollm2):
         assert row["evicted_tokens"] == (GONE * (2 if row["length"] == 1536 else 1) if evicts else 0)
 
 
+def test_streaming_llm_holds_the_first_and_the_newest_tokens(smollm2, tmp_path):
+    """At the bytes of uniform budgets."""
+    path = write_model(smollm2, tmp_path / "two.gguf", layers=2, tokenizer=True)
+    from tca_gguf.eval.policies import make_policies
+
+    names = ("key-diff@0.15", "streaming-llm@0.15")
+    rows = run(path, Settings(("needle", "kld", "turns"), (1536, 1280), names, samples=1, text="records")).rows
+    for uniform, streaming in zip(rows[::2], rows[1::2], strict=True):
+        assert (uniform["policy"], streaming["policy"], uniform["keep"]) == ("key-diff", "streaming-llm", streaming["keep"])
+        if uniform["suite"] != "kld" or uniform["length"] == 1536:  # kld's other policies read all lengths in one cache
+            assert streaming["kv_bytes"] == pytest.approx(uniform["kv_bytes"], rel=0.02)
+        assert streaming["evicted_tokens"] > 0
+    assert len(rows) == 2 * 3 * 2
+
+    logs.take_over(llama.load().llama_cpp)
+    shape, ids = gguf_file.model_shape(path), [1, *range(1000, 2599)]
+    policy = make_policies(["streaming-llm@0.15"], (), "f16", shape, None, None)[0].at(2048, 1536)
+    with Model(path) as model:
+        model.set_budgets(policy.budgets)
+        with Session(model, 2048, n_ubatch=300) as session:  # micro-batches that do not match the groups
+            session.decode(ids)
+            held = native.plan_length(policy.budgets, 0, 0, len(ids))
+            newest = list(range(len(ids) - held + 16, len(ids)))
+            assert all(native.positions(session.address, layer, 0, head).tolist() == [*range(16), *newest] for layer in (0, 1) for head in range(3))
+
+
 def test_the_dense_model_does_not_differ_from_itself(smollm2, tmp_path):
     """All heads dense in the ragged cache: what is left is the rounding of two attention kernels, which quantized weights would
     amplify."""

@@ -86,7 +86,8 @@ class TextSuite:
         for length in lab.settings.lengths:
             documents = self.documents(lab, length, samples)
             dense, _ = self.answer(lab, length, DENSE, documents)
-            for policy in lab.policies:
+            n_text = text_size(length, lab.layout).n_tokens
+            for policy in (p.at(length, n_text) for p in lab.policies):
                 tca, cache = self.answer(lab, length, policy, documents)
                 yield score_row(self.name, length, policy, samples, dense, tca, **cache)
 

@@ -2,19 +2,22 @@
 
 All policies read the same text side by side with the dense model, so that no logits are stored. Positions in the second half
 of the window are scored, evenly spread: mean and 99% quantile of KL(dense || policy) in nats, top-1 agreement, perplexity of
-both. Because nothing looks ahead, one pass over the longest window serves all lengths. Uniform key-difference budgets at the
+both. Because nothing looks ahead, one pass over the longest window serves all lengths; a policy whose budgets depend on the
+length has a cache for each. Uniform key-difference budgets at the
 same kept fraction always run along: they are the yardstick, `mean_kl_uniform`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from tca_gguf.calib.runtime import Session
 from tca_gguf.calib.texts import spread
 from tca_gguf.errors import TcaError
 
@@ -32,6 +35,25 @@ class Series:
     kl: list[float] = field(default_factory=list)
     agrees: list[bool] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """One cache. index: of its policy. lengths: the windows it is scored for; it reads the longest. caches: `Lab.cache` at each."""
+
+    index: int
+    policy: Policy
+    lengths: tuple[int, ...]
+    series: Series = field(default_factory=Series)
+    caches: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def runs_of(policies: Sequence[Policy], lengths: Sequence[int]) -> list[Run]:
+    runs = []
+    for i, policy in enumerate(policies):
+        for served in [tuple(lengths)] if policy.matched is None else [(length,) for length in lengths]:
+            runs.append(Run(i, policy.at(max(served)), served))
+    return runs
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -56,50 +78,60 @@ class Kld:
     def run(self, lab: Lab, samples: int) -> Iterator[Row]:
         lengths = lab.settings.lengths
         policies = list(lab.policies)
-        yardstick: dict[int, Policy] = {}
+        yardstick: dict[int, int] = {}  # index of a policy -> index of the uniform one at its fraction
         for i, policy in enumerate(lab.policies):
-            if policy.budgets is not None:
-                uniform = self.uniform(lab, policy)
-                same = [p for p in policies if p.name == uniform.name and p.kv_type == uniform.kv_type and p.keep == uniform.keep]
-                if not same:
-                    policies.append(uniform)
-                yardstick[i] = same[0] if same else uniform
+            if policy.budgets is None:
+                continue
+            uniform = self.uniform(lab, policy)
+            same = [j for j, p in enumerate(policies) if p.name == uniform.name and p.kv_type == uniform.kv_type and p.keep == uniform.keep]
+            yardstick[i] = same[0] if same else len(policies)
+            if not same:
+                policies.append(uniform)
         scored = {length: spread(length // 2, length - 1, samples) for length in lengths}
         wanted = np.unique(np.concatenate(list(scored.values())))
         tokens = plain_tokens(lab.model.tokenize, max(lengths), lab.source, lab.rng(self.name))
-        evicted: dict[tuple[int, int], dict] = {}
-        series = [Series() for _ in policies]
+        runs = runs_of(policies, lengths)
         dense = Series()
         started = time.monotonic()
         with ExitStack() as stack:
             per_batch = max(int(((wanted >= at) & (wanted < at + 512)).sum()) for at in range(0, max(lengths), 512))
-            sessions = [stack.enter_context(lab.session(p, max(lengths), n_outputs=max(1, per_batch))) for p in (DENSE, *policies)]
+            reference = stack.enter_context(lab.session(DENSE, max(lengths), n_outputs=max(1, per_batch)))
+            sessions = [stack.enter_context(lab.session(run.policy, max(run.lengths), n_outputs=max(1, per_batch))) for run in runs]
             # batches end where a length ends, so that its cache can be looked at
-            ends = sorted({*range(sessions[0].n_batch, max(lengths), sessions[0].n_batch), *lengths})
+            ends = sorted({*range(reference.n_batch, max(lengths), reference.n_batch), *lengths})
             for start, end in zip([0, *ends], ends, strict=False):
                 at = wanted[(wanted >= start) & (wanted < end)]
-                truth = None
-                for i, session in enumerate(sessions):
+                label = f"{self.name} {end} of {max(lengths)} tokens"
+
+                def read(session: Session, series: Series, at: np.ndarray = at, start: int = start, end: int = end) -> list[np.ndarray]:
                     logits = session.decode_logits(tokens[start:end], (at - start).tolist())
                     log_p = [log_softmax(row) for row in logits]
-                    nll = [-float(row[tokens[position + 1]]) for row, position in zip(log_p, at, strict=True)]
-                    if i == 0:
-                        truth = log_p
-                        dense.nll += nll
-                    else:
-                        series[i - 1].nll += nll
-                        series[i - 1].kl += [kl_divergence(p, q) for p, q in zip(truth, log_p, strict=True)]
-                        series[i - 1].agrees += [bool(p.argmax() == q.argmax()) for p, q in zip(truth, log_p, strict=True)]
-                        if end in lengths:
-                            evicted[i - 1, end] = lab.cache(session, policies[i - 1])
-                    lab.advance(end - start, f"{self.name} {end} of {max(lengths)} tokens")
+                    series.nll += [-float(row[tokens[position + 1]]) for row, position in zip(log_p, at, strict=True)]
+                    return log_p
+
+                truth = read(reference, dense)
+                lab.advance(end - start, label)
+                for run, session in zip(runs, sessions, strict=True):
+                    if end > max(run.lengths):
+                        continue
+                    pairs = list(zip(truth, read(session, run.series), strict=True))
+                    run.series.kl += [kl_divergence(p, q) for p, q in pairs]
+                    run.series.agrees += [bool(p.argmax() == q.argmax()) for p, q in pairs]
+                    if end in run.lengths:
+                        run.caches[end] = lab.cache(session, run.policy)
+                    lab.advance(end - start, label)
         seconds = round(time.monotonic() - started, 1)
 
         for length in lengths:
             mine = np.isin(wanted, scored[length])
-            means = {id(p): float(np.asarray(series[i].kl)[mine].mean()) for i, p in enumerate(policies)}
+            served = {run.index: run for run in runs if length in run.lengths}
+
+            def of(values: list, mine: np.ndarray = mine) -> np.ndarray:
+                return np.asarray(values)[mine[: len(values)]]
+
             for i, policy in enumerate(lab.policies):
-                kl, agrees = np.asarray(series[i].kl)[mine], np.asarray(series[i].agrees)[mine]
+                run = served[i]
+                kl, agrees = of(run.series.kl), of(run.series.agrees)
                 if not np.isfinite(kl).all():
                     raise TcaError(f"kld: policy {policy.name} gave logits that are not finite")
                 yield {
@@ -114,12 +146,12 @@ class Kld:
                     "kept": float(agrees.mean()),
                     "mean_kl": float(kl.mean()),
                     "mean_kl_ci": mean_interval(kl),
-                    "mean_kl_uniform": means[id(yardstick[i])] if i in yardstick else None,
+                    "mean_kl_uniform": float(of(served[yardstick[i]].series.kl).mean()) if i in yardstick else None,
                     "kl_99": float(np.quantile(kl, 0.99)),
                     "top1": float(agrees.mean()),
-                    "ppl_dense": float(np.exp(np.asarray(dense.nll)[mine].mean())),
-                    "ppl_tca": float(np.exp(np.asarray(series[i].nll)[mine].mean())),
-                    **evicted[i, length],
+                    "ppl_dense": float(np.exp(of(dense.nll).mean())),
+                    "ppl_tca": float(np.exp(of(run.series.nll).mean())),
+                    **run.caches[length],
                     "seconds": seconds,  # of the whole pass, all policies together
                 }
 

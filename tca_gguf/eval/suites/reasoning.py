@@ -100,7 +100,7 @@ class Reasoning:
         for length in lab.settings.lengths:
             chains = self.chains(lab, length, samples)
             dense, _ = self.work(lab, length, DENSE, chains)
-            for policy in lab.policies:
+            for policy in (p.at(length) for p in lab.policies):
                 tca, more = self.work(lab, length, policy, chains)
                 yield score_row(self.name, length, policy, samples, dense, tca, **more)
 

@@ -72,7 +72,7 @@ class Turns:
         for length in lab.settings.lengths:
             talks = [self.talk(lab, length, i) for i in range(self.n_talks(samples))]
             dense, _ = self.converse(lab, length, DENSE, talks)
-            for policy in lab.policies:
+            for policy in (p.at(length + EXTRA, text_size(length, lab.layout).n_tokens) for p in lab.policies):
                 tca, more = self.converse(lab, length, policy, talks)
                 yield score_row(self.name, length, policy, len(dense), dense, tca, **more)
 
