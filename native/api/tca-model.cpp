@@ -5,24 +5,6 @@
 
 #include "llama-model.h"
 
-static tca_budgets_data copy_of(const tca_budgets & b) {
-    tca_budgets_data data;
-    data.version     = b.version;
-    data.block_size  = b.block_size;
-    data.group_size  = b.group_size;
-    data.window      = b.window;
-    data.sinks       = b.sinks;
-    data.metric      = b.metric;
-    data.keep_counts = { b.keep_counts, b.keep_counts + b.n_keep };
-    data.configs     = { b.configs, b.configs + (size_t) b.n_configs*b.n_keep };
-    data.head_config = { b.head_config, b.head_config + (size_t) b.n_layer*b.n_head_kv };
-    data.n_layer     = b.n_layer;
-    data.n_head_kv   = b.n_head_kv;
-    data.n_probe     = b.n_probe;
-    data.probe       = { b.probe, b.probe + (size_t) b.n_layer*b.n_head_kv*b.n_probe };
-    return data;
-}
-
 tca_status tca_model_set_budgets(llama_model * model, const tca_budgets * budgets) {
     if (model == nullptr) {
         return tca_fail(TCA_ERR_ARGUMENT, "no model");
@@ -49,6 +31,6 @@ tca_status tca_model_set_budgets(llama_model * model, const tca_budgets * budget
     if (!misfit.empty()) {
         return tca_fail(TCA_ERR_BUDGETS, misfit);
     }
-    model->tca = std::make_shared<llama_tca_model>(llama_tca_model { copy_of(*budgets) });
+    model->tca = std::make_shared<llama_tca_model>(llama_tca_model { tca_budgets_data(*budgets) });
     return TCA_OK;
 }

@@ -8,6 +8,14 @@
 #include <cmath>
 #include <cstring>
 
+tca_budgets_data::tca_budgets_data(const tca_budgets & b)
+    : version(b.version), block_size(b.block_size), group_size(b.group_size), window(b.window), sinks(b.sinks), metric(b.metric),
+      keep_counts(b.keep_counts, b.keep_counts + b.n_keep),
+      configs(b.configs, b.configs + (size_t) b.n_configs*b.n_keep),
+      head_config(b.head_config, b.head_config + (size_t) b.n_layer*b.n_head_kv),
+      n_layer(b.n_layer), n_head_kv(b.n_head_kv), n_probe(b.n_probe),
+      probe(b.probe, b.probe + (size_t) b.n_layer*b.n_head_kv*b.n_probe) {}
+
 tca_budgets tca_budgets_data::view() const {
     tca_budgets b = {};
     b.version     = version;

@@ -24,6 +24,11 @@ struct tca_budgets_data {
     uint32_t             n_probe    = 0;
     std::vector<float>   probe;         // [n_layer, n_head_kv, n_probe]
 
+    tca_budgets_data() = default;
+
+    // A copy of everything that a view refers to; it must be valid (tca_budgets_problem). Undoes view().
+    explicit tca_budgets_data(const tca_budgets & view);
+
     // Borrowed view; valid while this object is unchanged.
     tca_budgets view() const;
 };

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <tuple>
 
 using gguf_ptr = std::unique_ptr<gguf_context, void (*)(gguf_context *)>;
 
@@ -306,6 +307,49 @@ TEST(hostile_budgets_through_the_c_api) {
         CHECK(tca_budgets_check(&b) == TCA_ERR_BUDGETS && strstr(tca_last_error(), words), "%s: %s", words, tca_last_error());
         CHECK(tca_plan_groups(&b, 100) < 0 && tca_plan_length(&b, 0, 0, 100) < 0 && tca_budgets_kept_per_group(&b, 0) < 0, "%s", words);
     }
+}
+
+// Every field by name: one that is added to either struct does not compile here until the copy has it, too.
+static auto fields(const tca_budgets_data & data) {
+    const auto & [version, block_size, group_size, window, sinks, metric, keep_counts, configs, head_config, n_layer, n_head_kv,
+            n_probe, probe] = data;
+    return std::tie(version, block_size, group_size, window, sinks, metric, keep_counts, configs, head_config, n_layer, n_head_kv,
+            n_probe, probe);
+}
+
+TEST(a_copy_of_a_view_is_what_was_viewed) {
+    tca_budgets_data b;
+    b.version = TCA_FORMAT_VERSION, b.block_size = 8, b.group_size = 32, b.window = 17, b.sinks = 5;
+    b.metric      = "key-probe";
+    b.keep_counts = { 0, 3, 8 };
+    b.configs     = { 1, 2, 1, 4, 0, 0 };
+    b.n_layer = 2, b.n_head_kv = 3, b.n_probe = 4;
+    b.head_config = { 0, 1, -1, 1, 0, 1 };
+    for (int i = 0; i < 24; ++i) {
+        b.probe.push_back(0.5f + i);
+    }
+    CHECK(tca_budgets_problem(b.view()).empty(), "%s", tca_budgets_problem(b.view()).c_str());
+
+    tca_budgets_data copy;
+    {
+        const tca_budgets_data gone = b;  // the copy owns what it has
+        copy = tca_budgets_data(gone.view());
+    }
+    CHECK(fields(copy) == fields(b), "a field is lost or mixed up");
+    // and the view has every field of the struct that crosses the API
+    const tca_budgets view = copy.view();
+    const auto & [version, block_size, group_size, window, sinks, metric, n_keep, keep_counts, n_configs, configs, n_layer, n_head_kv,
+            head_config, n_probe, probe] = view;
+    CHECK(version == b.version && block_size == 8 && group_size == 32 && window == 17 && sinks == 5 && metric == copy.metric, "scalars");
+    CHECK(n_keep == 3 && n_configs == 2 && n_layer == 2 && n_head_kv == 3 && n_probe == 4, "sizes");
+    CHECK(keep_counts == copy.keep_counts.data() && configs == copy.configs.data() && head_config == copy.head_config.data() &&
+            probe == copy.probe.data(), "arrays");
+
+    // nothing optional there: no rows, no probe
+    b.metric = "key-diff", b.configs.clear(), b.probe.clear(), b.n_probe = 0;
+    b.head_config.assign(6, TCA_HEAD_DENSE);
+    CHECK(tca_budgets_problem(b.view()).empty(), "%s", tca_budgets_problem(b.view()).c_str());
+    CHECK(fields(tca_budgets_data(b.view())) == fields(b), "an empty array is lost");
 }
 
 // ---- mutations of a file's bytes -------------------------------------------------------------------------------
