@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from tca_gguf.atomic import check_target, replace_file
+from tca_gguf.errors import TcaError
 from tca_gguf.eval.lab import Settings
 from tca_gguf.loading import KV_TYPES
 
@@ -29,6 +32,9 @@ from .common import (
     tokens_short,
     verbose_option,
 )
+
+if TYPE_CHECKING:
+    from tca_gguf.eval import Result
 
 SUITE_NAMES = ["needle", "needle-multikey", "needle-multivalue", "needle-multiquery", "variables", "common-words", "frequent-words",
                "kld", "turns", "reasoning"]  # fmt: skip
@@ -93,6 +99,7 @@ def notes_of(rows: list[dict[str, Any]]) -> list[str]:
 @click.option("--text", default="reference", show_default=True, help="Text around the facts, and of kld: reference (Python's), code, records, or a UTF-8 file.")
 @kv_type_option
 @click.option("--plot", "picture", type=click.Path(path_type=Path), metavar="FILE.png", help="Also write the scores as a picture.")
+@click.option("--save", "raw", type=click.Path(path_type=Path), metavar="FILE.json", help="Write what --json prints here, after each row.")
 @threads_option
 @gpu_layers_option
 @verbose_option
@@ -109,6 +116,7 @@ def eval_command(
     text: str,
     kv_type: str,
     picture: Path | None,
+    raw: Path | None,
     threads: int | None,
     gpu_layers: int,
     verbose: bool,
@@ -124,7 +132,7 @@ def eval_command(
     Example:
       tca-gguf eval model.gguf
       tca-gguf eval model.gguf --suite needle-multikey,kld --lengths 4096,8192 --json > eval.json
-      tca-gguf eval model.gguf --keep 0.39,0.25 --policy calibrated,key-diff --plot eval.png
+      tca-gguf eval model.gguf --keep 0.39,0.25 --policy calibrated,key-diff,streaming-llm --save eval.json --plot eval.png
     """
     from tca_gguf.eval import run
     from tca_gguf.eval.plot import check_plot, plot
@@ -132,8 +140,12 @@ def eval_command(
     settings = Settings(suites, lengths, policies or (), keeps or (), uniform, samples, seed, text, kv_type, threads or 0, gpu_layers)
     if picture is not None:
         check_plot(picture)  # said before the minutes of work
+    if raw is not None:
+        check_target(raw, 0)
     with progress_bar() as advance:
-        result = run(model, settings, advance, verbose=verbose)
+        result = run(model, settings, advance, verbose=verbose, on_row=lambda so_far: save(so_far, raw) if raw is not None else None)
+    if raw is not None:
+        save(result, raw)  # with what went wrong last
     if picture is not None:
         plot(result, picture)
     if as_json:
@@ -144,9 +156,17 @@ def eval_command(
             click.echo(f"picture written to {picture}")
     if result.interrupted:
         raise KeyboardInterrupt
+    if result.errors:
+        raise TcaError("not everything could be measured: " + "; ".join(result.errors))
 
 
-def show(console: Console, model: Path, result: Any) -> None:
+def save(result: Result, path: Path) -> None:
+    """At every moment the old or the new text is there: a run that is killed leaves the rows it had."""
+    text = json.dumps(result.as_json(), ensure_ascii=False).encode()
+    replace_file(path, len(text), lambda file, _: file.write(text))
+
+
+def show(console: Console, model: Path, result: Result) -> None:
     console.print(f"{model.name}: {result.hardware['cpu']}, {result.settings['n_threads']} threads", markup=False)
     for table in tables_of(result.rows):
         console.print(table)

@@ -15,6 +15,7 @@ from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape
 from tca_gguf.loading import KV_TYPES
+from tca_gguf.logs import LlamaLog
 
 from .policies import DENSE, Policy, context_size
 from .questions import Question, is_complete, score
@@ -42,7 +43,7 @@ class Settings:
 
 @dataclass
 class Lab:
-    """One run. ``answers`` collects everything that was generated, for the raw part of the result."""
+    """One run. ``answers`` collects everything that was generated, for the raw part of the result; ``errors``: see `attempt`."""
 
     model: Model
     shape: ModelShape
@@ -52,9 +53,21 @@ class Lab:
     settings: Settings
     source: Sequence[str]
     report: Progress
+    log: LlamaLog
     total: int = 0
     done: int = 0
     answers: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def attempt(self, label: str) -> Iterator[None]:
+        """What fails inside is noted in ``errors``, and the run goes on: hours of other rows must not be lost with it."""
+        self.log.clear()  # an earlier failure's reason is not this one's
+        try:
+            yield
+        except TcaError as error:
+            reason = self.log.reason()
+            self.errors.append(f"{label}: {error}" + (f": {reason}" if reason and reason not in str(error) else ""))
 
     def rng(self, *names: object) -> random.Random:
         """A generator for the part of the run with these names, always the same for the same seed."""

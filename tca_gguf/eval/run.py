@@ -27,17 +27,18 @@ from .texts import read_text
 class Result:
     """rows: one for each suite, length and policy. answers: everything that was asked and said.
 
-    interrupted: Ctrl-C came after some rows; the others are missing.
+    errors: what could not be measured, a line each. interrupted: Ctrl-C came after some rows; the others are missing.
     """
 
     hardware: dict[str, Any]
     settings: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     interrupted: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        return {"hardware": self.hardware, "rows": self.rows, "settings": self.settings, "answers": self.answers}
+        return {"hardware": self.hardware, "rows": self.rows, "settings": self.settings, "answers": self.answers, "errors": self.errors}
 
 
 def run(
@@ -45,8 +46,12 @@ def run(
     settings: Settings,
     progress: Progress = lambda done, total, label: None,
     verbose: bool = False,
+    on_row: Callable[[Result], None] = lambda result: None,
 ) -> Result:
-    """Evaluates a model file. progress(done, total, label): in tokens. Raises TcaError."""
+    """Evaluates a model file. progress(done, total, label): in tokens. on_row(result): after each row.
+
+    Raises TcaError, but once there is a row only notes what fails and goes on with the rest.
+    """
     path = Path(path)
     unknown = [name for name in settings.suites if name not in SUITES]
     if unknown:
@@ -68,11 +73,15 @@ def run(
     result.settings["n_threads"] = settings.n_threads or default_threads()
     try:
         with Model(path, n_gpu_layers=settings.n_gpu_layers) as model:
-            lab = Lab(model, shape, layout_of(own), full_layers(model, own), policies, settings, source, progress, answers=result.answers)
+            lab = Lab(model, shape, layout_of(own), full_layers(model, own), policies, settings, source, progress, log,
+                      answers=result.answers, errors=result.errors)  # fmt: skip
             chosen = [(suite, settings.samples or suite.samples) for suite in map(SUITES.__getitem__, settings.suites)]
             lab.total = sum(suite.cost(n, samples) for suite, samples in chosen for n in settings.lengths) * (1 + len(policies))
             for suite, samples in chosen:
-                result.rows.extend(suite.run(lab, samples))
+                with lab.attempt(suite.name):
+                    for row in suite.run(lab, samples):
+                        result.rows.append(row)
+                        on_row(result)
     except KeyboardInterrupt:
         if not result.rows:
             raise
@@ -80,6 +89,8 @@ def run(
     except TcaError as error:
         reason = log.reason()
         raise TcaError(f"{error}: {reason}" if reason and reason not in str(error) else str(error)) from None
+    if result.errors and not result.rows:
+        raise TcaError("; ".join(result.errors))
     return result
 
 

@@ -35,6 +35,11 @@ def six_layers(smollm2, tmp_path_factory):
     return write_model(smollm2, tmp_path_factory.mktemp("eval") / "six.gguf", layers=6, tokenizer=True)
 
 
+@pytest.fixture(scope="module")
+def two_layers(smollm2, tmp_path_factory):
+    return write_model(smollm2, tmp_path_factory.mktemp("eval") / "two.gguf", layers=2, tokenizer=True)
+
+
 def test_needle_and_turns(smollm2):
     result = run(smollm2, Settings(("needle", "turns"), (1536,), samples=8, **RECORDS))
     needle, turns = result.rows
@@ -68,13 +73,12 @@ def test_kld(smollm2):
         assert row["evicted_tokens"] == (GONE * (2 if row["length"] == 1536 else 1) if evicts else 0)
 
 
-def test_streaming_llm_holds_the_first_and_the_newest_tokens(smollm2, tmp_path):
+def test_streaming_llm_holds_the_first_and_the_newest_tokens(two_layers):
     """At the bytes of uniform budgets."""
-    path = write_model(smollm2, tmp_path / "two.gguf", layers=2, tokenizer=True)
     from tca_gguf.eval.policies import make_policies
 
     names = ("key-diff@0.15", "streaming-llm@0.15")
-    rows = run(path, Settings(("needle", "kld", "turns"), (1536, 1280), names, samples=1, text="records")).rows
+    rows = run(two_layers, Settings(("needle", "kld", "turns"), (1536, 1280), names, samples=1, text="records")).rows
     for uniform, streaming in zip(rows[::2], rows[1::2], strict=True):
         assert (uniform["policy"], streaming["policy"], uniform["keep"]) == ("key-diff", "streaming-llm", streaming["keep"])
         if uniform["suite"] != "kld" or uniform["length"] == 1536:  # kld's other policies read all lengths in one cache
@@ -83,9 +87,9 @@ def test_streaming_llm_holds_the_first_and_the_newest_tokens(smollm2, tmp_path):
     assert len(rows) == 2 * 3 * 2
 
     logs.take_over(llama.load().llama_cpp)
-    shape, ids = gguf_file.model_shape(path), [1, *range(1000, 2599)]
+    shape, ids = gguf_file.model_shape(two_layers), [1, *range(1000, 2599)]
     policy = make_policies(["streaming-llm@0.15"], (), "f16", shape, None, None)[0].at(2048, 1536)
-    with Model(path) as model:
+    with Model(two_layers) as model:
         model.set_budgets(policy.budgets)
         with Session(model, 2048, n_ubatch=300) as session:  # micro-batches that do not match the groups
             session.decode(ids)
@@ -167,6 +171,26 @@ def test_a_cache_is_not_taken_back_into_what_it_compacted(six_layers):
         with Session(model, 1536) as session:
             session.decode(ids)
             assert reuse(session, ids, ids[:300] + [5], DENSE) == 300 == session.length()
+
+
+def test_what_fails_does_not_take_the_rest_with_it(two_layers, tmp_path, monkeypatch):
+    """In 1,280 tokens streaming-llm@0.9 evicts nothing before the question; the policies and suites behind it still have rows."""
+    raw = tmp_path / "raw.json"
+
+    def broken(lab, samples):
+        raise TcaError("no list")
+        yield
+
+    monkeypatch.setattr(SUITES["common-words"], "run", broken)
+    result = CliRunner().invoke(cli, ["eval", str(two_layers), "--suite", "needle,common-words,kld", "--lengths", "1536", "--samples", "1",
+                                      "--policy", "streaming-llm@0.9,key-diff@0.9", "--text", "records", "--save", str(raw), "--json"])  # fmt: skip
+    info = json.loads(result.stdout)
+    assert [(r["suite"], r["policy"]) for r in info["rows"]] == [("needle", "key-diff"), ("kld", "streaming-llm"), ("kld", "key-diff")]
+    assert [e.partition(": ")[0] for e in info["errors"]] == ["needle 1536 streaming-llm", "common-words"]
+    assert "evicted nothing in 1280 tokens" in info["errors"][0] and info["errors"][1].endswith("no list")
+    assert json.loads(raw.read_text()) == info and result.exit_code != 0
+    with pytest.raises(TcaError, match="needle 1536 streaming-llm: .*evicted nothing"):
+        run(two_layers, Settings(("needle",), (1536,), ("streaming-llm@0.9",), samples=1, text="records"))
 
 
 def test_the_command(smollm2):

@@ -387,7 +387,7 @@ def evaluated(monkeypatch):
 
     seen = []
 
-    def fake(path, settings, progress, verbose):
+    def fake(path, settings, progress, verbose, on_row):
         seen.append(settings)
         progress(1, 2, "needle")
         return eval_result()
@@ -401,7 +401,7 @@ def test_eval(evaluated):
                  "--samples", "4", "--seed", "3", "--text", "code", "--kv-type", "q8_0", "--threads", "2", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     info = json.loads(result.stdout)
-    assert set(info) == {"hardware", "rows", "settings", "answers"}
+    assert set(info) == {"hardware", "rows", "settings", "answers", "errors"}
     for row in info["rows"]:
         assert {"suite", "length", "keep", "policy", "samples", "dense", "tca", "kept"} <= set(row)
     assert {"mean_kl", "mean_kl_uniform", "kl_99", "top1", "ppl_dense", "ppl_tca"} <= set(info["rows"][1])
@@ -432,6 +432,35 @@ def test_an_interrupted_eval_shows_what_it_has(monkeypatch):
     result = run("eval", "m.gguf")
     assert result.exit_code == 130 and "75.0%" in result.stdout and result.stderr.strip() == "error: interrupted"
     assert len(json.loads(run("eval", "m.gguf", "--json").stdout)["rows"]) == 3
+
+
+def test_eval_saves_every_row_as_it_comes(monkeypatch, tmp_path):
+    from tca_gguf import eval as eval_package
+
+    raw, seen = tmp_path / "raw.json", []
+
+    def killed(path, settings, progress, verbose, on_row):
+        result = replace(eval_result(), rows=[])
+        for row in eval_result().rows[:2]:
+            result.rows.append(row)
+            on_row(result)
+            seen.append(len(json.loads(raw.read_text())["rows"]))
+        raise SystemExit(9)
+
+    monkeypatch.setattr(eval_package, "run", killed)
+    run("eval", "m.gguf", "--save", str(raw))
+    assert seen == [1, 2] and len(json.loads(raw.read_text())["rows"]) == 2
+    assert run("eval", "m.gguf", "--save", str(tmp_path / "no" / "raw.json")).stderr.count("does not exist") == 1 and seen == [1, 2]
+
+
+def test_an_eval_that_failed_in_part_shows_the_rest_and_says_so(monkeypatch, tmp_path):
+    from tca_gguf import eval as eval_package
+
+    monkeypatch.setattr(eval_package, "run", lambda *_, **__: replace(eval_result(), errors=["kld: out of\nmemory", "turns 4096 random: lost"]))
+    result = run("eval", "m.gguf", "--save", str(tmp_path / "raw.json"))
+    assert result.exit_code == 1 and "75.0%" in result.stdout
+    assert result.stderr == "error: not everything could be measured: kld: out of memory; turns 4096 random: lost\n"
+    assert len(json.loads((tmp_path / "raw.json").read_text())["errors"]) == 2
 
 
 def test_depth_map():

@@ -87,9 +87,11 @@ class TextSuite:
             documents = self.documents(lab, length, samples)
             dense, _ = self.answer(lab, length, DENSE, documents)
             n_text = text_size(length, lab.layout).n_tokens
-            for policy in (p.at(length, n_text) for p in lab.policies):
-                tca, cache = self.answer(lab, length, policy, documents)
-                yield score_row(self.name, length, policy, samples, dense, tca, **cache)
+            for policy in lab.policies:
+                with lab.attempt(f"{self.name} {length} {policy.name}"):
+                    policy = policy.at(length, n_text)
+                    tca, cache = self.answer(lab, length, policy, documents)
+                    yield score_row(self.name, length, policy, samples, dense, tca, **cache)
 
     def answer(self, lab: Lab, length: int, policy: Policy, documents: Sequence[Document]) -> tuple[list[bool], dict[str, Any]]:
         """Scores of all answers in order, and the figures of the cache."""

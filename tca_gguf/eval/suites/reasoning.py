@@ -100,9 +100,11 @@ class Reasoning:
         for length in lab.settings.lengths:
             chains = self.chains(lab, length, samples)
             dense, _ = self.work(lab, length, DENSE, chains)
-            for policy in (p.at(length) for p in lab.policies):
-                tca, more = self.work(lab, length, policy, chains)
-                yield score_row(self.name, length, policy, samples, dense, tca, **more)
+            for policy in lab.policies:
+                with lab.attempt(f"{self.name} {length} {policy.name}"):
+                    policy = policy.at(length)
+                    tca, more = self.work(lab, length, policy, chains)
+                    yield score_row(self.name, length, policy, samples, dense, tca, **more)
 
     def work(self, lab: Lab, length: int, policy: Policy, chains: Sequence[Chain]) -> tuple[list[bool], dict[str, Any]]:
         started, scores = time.monotonic(), []

@@ -72,9 +72,11 @@ class Turns:
         for length in lab.settings.lengths:
             talks = [self.talk(lab, length, i) for i in range(self.n_talks(samples))]
             dense, _ = self.converse(lab, length, DENSE, talks)
-            for policy in (p.at(length + EXTRA, text_size(length, lab.layout).n_tokens) for p in lab.policies):
-                tca, more = self.converse(lab, length, policy, talks)
-                yield score_row(self.name, length, policy, len(dense), dense, tca, **more)
+            for policy in lab.policies:
+                with lab.attempt(f"{self.name} {length} {policy.name}"):
+                    policy = policy.at(length + EXTRA, text_size(length, lab.layout).n_tokens)
+                    tca, more = self.converse(lab, length, policy, talks)
+                    yield score_row(self.name, length, policy, len(dense), dense, tca, **more)
 
     def converse(self, lab: Lab, length: int, policy: Policy, talks: Sequence[Talk]) -> tuple[list[bool], dict[str, Any]]:
         """Scores of all turns in order, and what was reused."""
