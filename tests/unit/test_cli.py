@@ -463,6 +463,29 @@ def test_an_eval_that_failed_in_part_shows_the_rest_and_says_so(monkeypatch, tmp
     assert len(json.loads((tmp_path / "raw.json").read_text())["errors"]) == 2
 
 
+def test_eval_plot_of_many_policies(tmp_path):
+    """Budgets of files at several fractions are one line; every panel and map that there is data for is drawn."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from tca_gguf.eval import plot as module
+
+    rows, answers = [], []
+    names = [f"{name}-{keep}" for name in ("calibrated", "other") for keep in (0.39, 0.25)] + ["key-diff", "streaming-llm", "dense-q8_0"]
+    for length in (4096, 8192):
+        for i, name in enumerate(names):
+            rows.append(eval_result().rows[0] | {"policy": name, "length": length, "kv_bytes": 400 + i, "kv_bytes_dense": 1000})
+            answers.append({"suite": "needle", "policy": name, "keep": 0.3, "length": length, "depth": 0.1, "right": [True]})
+    drawn, axes = Figure(), Figure()
+    module.draw_panels(drawn, rows, [("needle", 4096), ("needle", 8192)], 4)
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["calibrated", "other", "key-diff", "streaming-llm", "dense-q8_0", "dense f16"]
+    assert len(drawn.axes) == 2 and [len(line.get_xdata()) for line in drawn.axes[0].get_lines()] == [2, 2, 1, 1, 1, 2]
+    module.draw_maps(axes, answers, [("needle", name, 0.3) for name in names])
+    assert len(axes.axes) == len(names) + 1  # and the colour bar
+    module.plot(replace(eval_result(), rows=rows, answers=answers), tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10000
+
+
 def test_depth_map():
     grid = depth_map(eval_result().answers, [4096])
     assert grid.shape == (8, 1) and grid[[0, 2, 4], 0].tolist() == [1.0, 1.0, 1.0] and grid[6, 0] == 0.0
