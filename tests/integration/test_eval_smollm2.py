@@ -112,7 +112,7 @@ def test_reasoning_evicts_while_it_decodes(six_layers):
     row, answer = result.rows[0], result.answers[1]
     assert row["answers"] == len(answer["right"]) == len(answer["moves"]) - 3 > 30
     assert answer["prompt_tokens"] < Layout().first_evicting < answer["prompt_tokens"] + answer["generated_tokens"]
-    assert row["evicted_tokens"] == GONE
+    assert row["evicted_tokens"] == row["evicted_decoding"] == GONE
 
 
 def test_every_suite_makes_its_texts_with_a_real_tokenizer(smollm2):

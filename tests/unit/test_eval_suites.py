@@ -72,6 +72,19 @@ def test_documents_of_a_suite(suite):
         assert score(" " + text[-2000:], question).count(True) < max(2, len(question.expected))
 
 
+@pytest.mark.parametrize("suite", TEXT_SUITES, ids=lambda s: s.name)
+@pytest.mark.parametrize("length", [8192, 32768])
+def test_long_documents(suite, length):
+    size = text_size(length, Layout())
+    made = suite.document(tokenize, size, records(), random.Random(1))
+    assert 0.97 * size.n_tokens <= len(made.tokens) <= size.n_tokens
+    evicted = text_of(made.tokens[: size.evicted])
+    assert all(answer in evicted for question in made.questions for answer in question.expected)
+    if made.questions[0].depth is not None:
+        depths = [question.depth for question in made.questions]
+        assert min(depths) < 0.2 and max(depths) > 0.7
+
+
 @pytest.mark.parametrize("name", ["needle", "needle-multikey", "needle-multivalue", "needle-multiquery", "variables"])
 @pytest.mark.parametrize("seed", range(3))
 def test_facts_stand_once_and_where_they_are_evicted(name, seed):

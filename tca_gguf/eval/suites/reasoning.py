@@ -1,7 +1,7 @@
 """reasoning: a long chain of small steps that the model writes itself, so that eviction happens while it decodes.
 
 A list of moves stands at the beginning; the model works through it line by line, reading one move of the list and the result
-of its own last line each time. By the end the list has been compacted. A line counts if it applies the right move of the list
+of its own last line each time. By the end the list has been compacted; that eviction happened while it wrote is checked. A line counts if it applies the right move of the list
 and its arithmetic is right; a wrong result does not spoil the lines after it.
 """
 
@@ -110,21 +110,27 @@ class Reasoning:
         started, scores = time.monotonic(), []
         label = f"{self.name} {length} {policy.name}"
         cache: dict[str, Any] = {}
-        evicted: list[float] = []  # a chain that breaks off early evicts little
+        evicted: list[float] = []
+        decoding: list[float] = []  # of these, while the model writes: a chain that breaks off early evicts little
         with lab.session(policy, length) as session:
             for i, chain in enumerate(chains):
                 session.clear()
                 lab.feed(session, session.tokenize(chain.prompt(), True), label)
                 at_start = session.length()
+                before = lab.cache(session, policy, evicts=False)["evicted_tokens"]
                 end = f"move {len(chain.moves)}:"
                 text, tokens = lab.generate(session, length - at_start - 1, lambda said, end=end: said.partition(end)[2].endswith("\n"), label)
                 right = chain.score(text)
                 scores += right
                 cache = lab.cache(session, policy, evicts=False)
                 evicted.append(cache["evicted_tokens"])
+                decoding.append(cache["evicted_tokens"] - before)
                 lab.record(self.name, length, policy, document=i, start=chain.start, moves=list(chain.moves), text=text,
                            right=right, generated_tokens=len(tokens), prompt_tokens=at_start)  # fmt: skip
-        return scores, cache | {"evicted_tokens": sum(evicted) / len(evicted), "seconds": round(time.monotonic() - started, 1)}
+        if policy.keep < 1 and not any(decoding):
+            raise TcaError(f"policy {policy.name} evicted nothing while the model wrote: its chains broke off; use a greater length")
+        more = {"evicted_tokens": sum(evicted) / len(evicted), "evicted_decoding": sum(decoding) / len(decoding)}
+        return scores, cache | more | {"seconds": round(time.monotonic() - started, 1)}
 
 
 def evicting(layout: Layout) -> int:
