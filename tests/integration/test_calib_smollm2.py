@@ -100,10 +100,15 @@ def test_the_runtime_keeps_what_calibration_evaluated(model, embedded, measured)
 
 
 def test_calibrated_budgets_keep_what_the_model_answers(embedded):
-    result = run(embedded, Settings(("needle",), (1536,), samples=8, text="records"))
-    row = result.rows[0]
-    assert (row["policy"], row["answers"]) == ("calibrated", 8) and row["evicted_tokens"] > 250
-    assert row["dense"] >= 0.75 and row["kept_correct"] >= row["dense_correct"] - 3  # a model this small loses some
+    """Two groups are compacted before eight facts in them are asked for. Budgets of another seed, or at 0.37, change no answer
+    either, while uniform budgets lose three: one answer is room enough for another CPU's rounding."""
+    result = run(embedded, Settings(("needle",), (2048,), ("calibrated", "key-diff"), samples=8, text="records"))
+    calibrated, uniform = result.rows
+    assert (calibrated["policy"], calibrated["answers"]) == ("calibrated", 8) and calibrated["evicted_tokens"] > 600
+    assert calibrated["dense_correct"] >= 7 and calibrated["kept_correct"] >= calibrated["dense_correct"] - 1
+    assert calibrated["kept_correct"] > uniform["kept_correct"] and calibrated["kv_bytes"] <= 1.01 * uniform["kv_bytes"]
+    said = [[a["text"] for a in result.answers if a["policy"] == policy] for policy in ("dense", "calibrated")]
+    assert sum(a == b for a, b in zip(*said, strict=True)) >= 7
 
 
 def test_a_text_that_evicts_nothing_is_refused(model, tmp_path):
