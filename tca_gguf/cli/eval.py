@@ -76,12 +76,14 @@ def notes_of(rows: list[dict[str, Any]]) -> list[str]:
     """How much was evicted, and what `turns` reused."""
     notes = []
     for r in rows:
+        parts = []
         if r["evicted_tokens"]:
-            notes.append(f"{r['suite']} {tokens_short(r['length'])} {r['policy']} {r['keep']:.3f}: {r['evicted_tokens']:.0f} of "
-                         f"{r['cache_tokens']} tokens evicted from a head on average")  # fmt: skip
+            parts.append(f"{r['evicted_tokens']:.0f} of {r['cache_tokens']} tokens evicted from a head on average")
         if "changed_reused" in r:
-            notes[-1:] = [f"{notes[-1] if notes else r['policy']}; tokens reused after an edit of the last turn "
-                          f"{min(r['edited_reused'])}, after a change of an early fact {max(r['changed_reused'])}"]  # fmt: skip
+            parts.append(f"tokens reused after an edit of the last turn {min(r['edited_reused'])}, after a change of an early fact "
+                         f"{max(r['changed_reused'])}")  # fmt: skip
+        if parts:
+            notes.append(f"{r['suite']} {tokens_short(r['length'])} {r['policy']} {r['keep']:.3f}: {'; '.join(parts)}")
     return notes
 
 

@@ -21,6 +21,7 @@ from tca_gguf.cli import cli
 from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
 from tca_gguf.errors import TcaError
+from tca_gguf.cli.eval import notes_of
 from tca_gguf.eval import Result, Settings
 from tca_gguf.eval.plot import depth_map
 from tca_gguf.eval.policies import Policy
@@ -415,6 +416,14 @@ def test_eval_table(evaluated):
     assert "75.0% (30%-95%)" in text and "0.0074 0.0359" in text and "8.500/8.400" in text and " 40%" in text
     assert re.search(r"turns .* 0.0%  0.0% +-\s", text)  # nothing that could have been kept
     assert "2000 of 3840 tokens evicted" in text and "an edit of the last turn 3800, after a change of an early fact 0" in " ".join(text.split())
+
+
+def test_eval_notes_are_of_their_own_row():
+    turns = {"suite": "turns", "length": 4096, "policy": "dense-q8_0", "keep": 1.0, "evicted_tokens": 0.0, "cache_tokens": 3840,
+             "edited_reused": [3800], "changed_reused": [131]}  # fmt: skip
+    notes = notes_of([turns | {"policy": "key-diff", "keep": 0.25, "evicted_tokens": 2000.0, "changed_reused": [0]}, turns])
+    assert [note.partition(": ")[0] for note in notes] == ["turns 4K key-diff 0.250", "turns 4K dense-q8_0 1.000"]
+    assert notes[0].endswith("early fact 0") and notes[1].endswith("early fact 131") and "evicted" in notes[0] and "evicted" not in notes[1]
 
 
 def test_eval_plot(evaluated, tmp_path):
