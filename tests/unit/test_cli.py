@@ -20,8 +20,8 @@ from tca_gguf import gguf_file
 from tca_gguf.cli import cli
 from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
-from tca_gguf.errors import TcaError
 from tca_gguf.cli.eval import notes_of
+from tca_gguf.errors import TcaError
 from tca_gguf.eval import Result, Settings
 from tca_gguf.eval.plot import depth_map
 from tca_gguf.eval.policies import Policy
