@@ -81,6 +81,8 @@ static __device__ void store_row(const float * src, char * dst, int type, int n,
 
 // grid (tokens, n_seqs), one warp a KV head in turn
 static __global__ void append_kernel(tca_store s, append_args a) {
+    ggml_cuda_pdl_lc();
+    ggml_cuda_pdl_sync();
     const int seq  = blockIdx.y;
     const int lane = threadIdx.x;
     for (int head = threadIdx.y; head < s.n_head_kv; head += blockDim.y) {
@@ -109,5 +111,5 @@ void tca_cuda_append(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         k_cur->nb[1]/sizeof(float), k_cur->nb[2]/sizeof(float), v_cur->nb[1]/sizeof(float), v_cur->nb[2]/sizeof(float),
         (int32_t *) dst->src[2]->data, (int) k->ne[0], (int) v->ne[0] };
     const int64_t tokens = (k_cur->ne[2] + s.n_seqs - 1)/s.n_seqs;
-    append_kernel<<<dim3(tokens, s.n_seqs), dim3(32, std::min(s.n_head_kv, 8)), 0, ctx.stream()>>>(s, a);
+    ggml_cuda_kernel_launch(append_kernel, ggml_cuda_kernel_launch_params(dim3(tokens, s.n_seqs), dim3(32, std::min(s.n_head_kv, 8)), 0, ctx.stream()), s, a);
 }

@@ -80,10 +80,11 @@ static __device__ __forceinline__ half split(float x, int column) {
     return ROWS == 8 || column < 4 ? hi : __float2half_rn(x - __half2float(hi));
 }
 
-// grid n_chunks*n_head_kv*n_seqs
+// grid: rounds of thread blocks (tca_decode_rounds)
 template <int D, int ROWS>
 static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) decode_kernel(const tca_store s, const tca_queries a) {
     static_assert(D % 32 == 0 && (ROWS == 4 || ROWS == 8), "shape");
+    ggml_cuda_pdl_lc();
     extern __shared__ __align__(16) char smem[];
     __shared__ tca_decode_result<D, ROWS> result;
     float * scores = (float *) (smem + DECODE_STAGES*DECODE_STAGE);  // [slots, ROWS], log2 units, then probabilities
@@ -91,13 +92,14 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
     __shared__ tca_decode_range range;
     __shared__ tca_decode_ring  ring;
     if (threadIdx.x < 32) {
-        range.set(s, a.at_once);
+        range.set(s, a);
         __syncwarp();
         if (threadIdx.x == 0) {
             ring.set(s, range, 16);
         }
     }
     __syncthreads();
+    ggml_cuda_pdl_sync();  // before it only the descriptor was read, which is an input of the graph
     if (range.empty) {
         return;
     }

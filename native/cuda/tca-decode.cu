@@ -40,7 +40,7 @@ static __device__ __forceinline__ void reduce(float * x, int part) {
     }
 }
 
-// rows: at most ROWS query rows of a KV head at a time; grid n_chunks*n_head_kv*n_seqs
+// rows: at most ROWS query rows of a KV head at a time; grid: rounds of thread blocks (tca_decode_rounds)
 template <int D, int ROWS>
 static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) decode_kernel(const tca_store s, const tca_queries a) {
     constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;  // lanes that share a row, 8 elements each
@@ -48,6 +48,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
     constexpr int BATCH = LANES/ROWS < 4 ? LANES/ROWS : 4;   // rows of K that a lane takes at once
     constexpr int SUMS  = BATCH*ROWS;
 
+    ggml_cuda_pdl_lc();
     extern __shared__ __align__(16) char smem[];
     __shared__ tca_decode_result<D, ROWS> result;
     float * scores = (float *) (smem + DECODE_STAGES*DECODE_STAGE);  // [slots, ROWS], log2 units, then probabilities
@@ -55,13 +56,14 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
     __shared__ tca_decode_range range;
     __shared__ tca_decode_ring  ring;
     if (threadIdx.x < 32) {
-        range.set(s, a.at_once);
+        range.set(s, a);
         __syncwarp();
         if (threadIdx.x == 0) {
             ring.set(s, range, STEP);
         }
     }
     __syncthreads();
+    ggml_cuda_pdl_sync();  // before it only the descriptor was read, which is an input of the graph
     if (range.empty) {
         return;
     }
@@ -234,8 +236,10 @@ void tca_cuda_decode(const tca_store & store, const tca_queries & q, int head_di
 // grid (n_head, n_tokens); 512 threads. A warp takes chunks in turn and keeps a running softmax over them, 8 values a lane at
 // most; then the warps are put together.
 static __global__ void __launch_bounds__(512) combine_kernel(const float * partial, size_t nb_head, size_t nb_token, float * dst,
-        size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim, int at_once) {
+        size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim, int at_once,
+        int n_chunks_max) {
     constexpr int N_WARPS = 16;
+    ggml_cuda_pdl_lc();
     __shared__ float warp_m[N_WARPS], warp_l[N_WARPS], warp_o[N_WARPS][256];
 
     const int head = blockIdx.x, token = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -246,8 +250,9 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
             used = d[TCA_DESC_USED];
         }
     }
-    const int length   = tca_decode_chunk(desc, n_head_kv*n_seqs, at_once);
+    const int length   = tca_decode_chunk(desc, n_head_kv*n_seqs, at_once, n_chunks_max);
     const int n_chunks = (used + length - 1)/length;
+    ggml_cuda_pdl_sync();
     if (n_chunks == 0) {
         return;
     }
@@ -313,8 +318,8 @@ void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * desc    = dst->src[first + 1];
 
     const int row = tca_op_get_params(dst).row;
-    combine_kernel<<<dim3(dst->ne[1], dst->ne[2]), 512, 0, ctx.stream()>>>((const float *) partial->data,
+    ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], dst->ne[2]), dim3(512), 0, ctx.stream()), (const float *) partial->data,
             partial->nb[2]/sizeof(float), partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
             dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), desc->ne[1], desc->ne[2],
-            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_at_once(ctx.device, partial));
+            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_at_once(ctx.device, partial), (int) partial->ne[1]);
 }

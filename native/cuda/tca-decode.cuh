@@ -2,8 +2,9 @@
 // warps put their results together.
 //
 // Regions are cut in chunks of equal length, a thread block each, numbered without gaps over all regions: thread blocks that find
-// nothing to do come last. A chunk is TCA_ATTN_CHUNK slots or somewhat more, so that the chunks fill whole rounds of what the GPU
-// holds at once: on an H100 800 chunks in rounds of 396 took three rounds' time (2.02 needed).
+// nothing to do come last. The chunks fill as few whole rounds of what the GPU holds at once as their greatest length allows: on an
+// H100 800 chunks in rounds of 396 took three rounds' time (2.02 needed). The grid has the rounds of a full store, no more: on an
+// H100 1,200 thread blocks without work took 5 us.
 // Only these kernels and combine_kernel agree on that length (the CPU's chunks are TCA_ATTN_CHUNK slots): the two nodes of a split
 // attention must run on the same device. They are neighbours in the graph and supported by one predicate, so they do.
 #pragma once
@@ -13,7 +14,8 @@
 constexpr int DECODE_WARPS  = 8;
 constexpr int DECODE_STAGES = 3;
 constexpr int DECODE_STAGE  = 128*136 + 16;  // 128 rows of q8_0 x 128, and room to align the start down to 16 bytes
-constexpr int DECODE_CHUNK  = 2*TCA_ATTN_CHUNK;  // longest chunk
+constexpr int DECODE_CHUNK_MIN = 128;   // shortest chunk; below it what a thread block takes to start counts more than its work
+constexpr int DECODE_CHUNK_MAX = 1344;  // longest: three thread blocks of scores for 4 rows fit a multiprocessor (228 KB)
 
 // Thread blocks a multiprocessor that the kernels are compiled for.
 constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
@@ -25,26 +27,44 @@ static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units
     return u < n_units && d[TCA_DESC_COUNT] > 0 ? d[TCA_DESC_USED] : 0;
 }
 
-// Slots a chunk. at_once: thread blocks that the GPU holds at once; 0: TCA_ATTN_CHUNK. Called by whole warps.
-static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int n_units, int at_once) {
-    int total = 0;
+// Rounds of at_once thread blocks, and their chunk length, for so many slots in n_units regions. There are at most
+// total/chunk + n_units chunks. More slots never need fewer rounds.
+struct tca_decode_rounds {
+    int rounds, chunk;
+
+    __host__ __device__ tca_decode_rounds(int64_t total, int n_units, int at_once) {
+        rounds = (int) (total/((int64_t) DECODE_CHUNK_MAX*at_once)) + 1;
+        rounds = max(rounds, 2*n_units/at_once + 1);  // with many regions most chunks are the last of theirs
+        chunk  = fit(total, n_units, at_once);
+        if (chunk > DECODE_CHUNK_MAX) {
+            ++rounds;
+            chunk = fit(total, n_units, at_once);
+        }
+    }
+    __host__ __device__ int fit(int64_t total, int n_units, int at_once) const {
+        return (int) (total/(rounds*at_once - n_units) + 16)/16*16;
+    }
+};
+
+// Slots a chunk. at_once: thread blocks that the GPU holds at once; 0: TCA_ATTN_CHUNK. n_chunks: chunks of a region that dst has
+// room for. Called by whole warps.
+static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int n_units, int at_once, int n_chunks) {
+    if (at_once == 0) {
+        return TCA_ATTN_CHUNK;
+    }
+    int total = 0, longest = 0;
     for (int u = threadIdx.x % 32; u < n_units; u += 32) {
-        total += tca_used(desc, n_units, u);
+        const int used = tca_used(desc, n_units, u);
+        total  += used;
+        longest = max(longest, used);
     }
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) {
-        total += __shfl_xor_sync(0xffffffff, total, o);
+        total  += __shfl_xor_sync(0xffffffff, total, o);
+        longest = max(longest, __shfl_xor_sync(0xffffffff, longest, o));
     }
-    if (total/TCA_ATTN_CHUNK + n_units <= at_once || at_once <= 2*n_units) {
-        return TCA_ATTN_CHUNK;
-    }
-    // the number of chunks is at most total/chunk + n_units
-    const int rounds = max(total/TCA_ATTN_CHUNK/at_once, 1);
-    int chunk = (total/(rounds*at_once - n_units) + 16)/16*16;
-    if (chunk > DECODE_CHUNK) {
-        chunk = (total/((rounds + 1)*at_once - n_units) + 16)/16*16;
-    }
-    return min(max(chunk, TCA_ATTN_CHUNK), DECODE_CHUNK);
+    const int least = ((longest + n_chunks - 1)/n_chunks + 15)/16*16;
+    return max(max(tca_decode_rounds(total, n_units, at_once).chunk, least), DECODE_CHUNK_MIN);
 }
 
 // Slots of a thread block: n_slots of them from slot j0 of the region on; slot0 is their place in the store.
@@ -56,9 +76,9 @@ struct tca_decode_range {
     bool    empty;
 
     // by one warp; the struct is in shared memory
-    __device__ __forceinline__ void set(const tca_store & s, int at_once) {
+    __device__ __forceinline__ void set(const tca_store & s, const tca_queries & q) {
         const int n_units = s.n_head_kv*s.n_seqs, lane = threadIdx.x % 32;
-        const int length  = tca_decode_chunk(s.desc, n_units, at_once);
+        const int length  = tca_decode_chunk(s.desc, n_units, q.at_once, q.n_chunks);
         int before = 0, unit = -1, at = 0;
         for (int u0 = 0; u0 < n_units && unit < 0; u0 += 32) {
             const int n = (tca_used(s.desc, n_units, u0 + lane) + length - 1)/length;
@@ -222,7 +242,10 @@ static __device__ __forceinline__ void tca_decode_write(const tca_queries & a, c
 
 template <typename Kernel>
 static void tca_decode_launch(Kernel kernel, int rows, const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    const int smem = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK*rows*(int) sizeof(float);
+    const int smem    = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK_MAX*rows*(int) sizeof(float);
+    const int n_units = store.n_head_kv*store.n_seqs;
+    const int n_blocks = tca_decode_rounds(store.n_slots, n_units, q.at_once).rounds*q.at_once;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    kernel<<<q.n_chunks*store.n_head_kv*store.n_seqs, 32*DECODE_WARPS, smem, stream>>>(store, q);
+    ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(std::min(n_blocks, q.n_chunks*n_units)), dim3(32*DECODE_WARPS), smem, stream),
+        store, q);
 }

@@ -20,12 +20,13 @@ struct tca_store {
     const int32_t * desc;     // row of the descriptor, [TCA_DESC_SIZE, n_head_kv, n_seqs]
     int             n_head_kv;
     int             n_seqs;
+    int64_t         n_slots;  // of all regions
 };
 
 static inline tca_store tca_store_of(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * desc, int row) {
     return { (char *) k->data, (char *) v->data, k->nb[1], v->nb[1], k->type, v->type,
         (const char *) k->data + ggml_nbytes(k), (const char *) v->data + ggml_nbytes(v),
-        (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), (int) desc->ne[1], (int) desc->ne[2] };
+        (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), (int) desc->ne[1], (int) desc->ne[2], k->ne[1] };
 }
 
 static __device__ __forceinline__ const int32_t * tca_region(const tca_store & s, int seq, int head) {

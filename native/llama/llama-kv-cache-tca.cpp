@@ -200,7 +200,7 @@ int llama_kv_cache_tca::n_chunks(int32_t il) const {
     for (uint32_t h = 0; h < plan.n_head_kv(); ++h) {
         longest = std::max(longest, plan.capacity(il, h));
     }
-    return (longest + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK;
+    return tca_attn_n_chunks(longest);
 }
 
 uint64_t llama_kv_cache_tca::bytes() const {

@@ -70,7 +70,7 @@ public:
     const stream   & get_stream(uint32_t s)     const { return streams[s]; }
     stream         & get_stream(uint32_t s)           { return streams[s]; }
     uint32_t         n_stream()                 const { return streams.size(); }
-    int              n_chunks(int32_t il)       const;  // of TCA_ATTN_CHUNK slots in the longest region of the layer
+    int              n_chunks(int32_t il)       const;  // in the longest region of the layer (tca_attn_n_chunks)
     int              hadamard_k()               const { return rot_k; }
     int              hadamard_v()               const { return rot_v; }
     const std::vector<float> & hadamard_matrix(int n) const { return hadamard.at(n); }  // [n, n]

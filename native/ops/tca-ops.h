@@ -56,6 +56,13 @@ enum {
     TCA_ATTN_PARTIAL_ROWS = 64,   // PARTIAL is used up to this many (query token, query head of the GQA group) pairs
 };
 
+// Chunks that the partial results of a region of n_slots need room for: those of the CPU, and more and shorter ones for a GPU,
+// which wants work for all its parts at short lengths, too.
+inline int tca_attn_n_chunks(int64_t n_slots) {
+    const int64_t n = (n_slots + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, n_short = (n_slots + TCA_ATTN_CHUNK/4 - 1)/(TCA_ATTN_CHUNK/4);
+    return (int) (n > 64 ? n : n_short < 64 ? n_short : 64);
+}
+
 // Behind the generic header that ggml_custom_4d writes to op_params.
 struct tca_op_params {
     uint32_t    magic;
@@ -86,7 +93,7 @@ struct ggml_tensor * tca_build_attn(struct ggml_context * ctx, struct ggml_tenso
         struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, struct ggml_tensor * dst);
 
 // The same for few queries, as two nodes: partial results per chunk of slots, then their combination.
-// n_chunks: chunks of the longest region of the layer.
+// n_chunks: tca_attn_n_chunks of the longest region of the layer.
 struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
         struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, int n_chunks,
         struct ggml_tensor * dst);

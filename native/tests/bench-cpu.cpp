@@ -80,7 +80,7 @@ static double attention(const bench_case & c, bool stock) {
             };
             out = ggml_flash_attn_ext(ctx.get(), ggml_permute(ctx.get(), q, 0, 2, 1, 3), view(k), view(v), mask, scale, 0.0f, 0.0f);
         } else if (split) {
-            out = tca_build_attn_split(ctx.get(), q, k, v, desc, 0, scale, 0.0f, (c.length + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, nullptr);
+            out = tca_build_attn_split(ctx.get(), q, k, v, desc, 0, scale, 0.0f, tca_attn_n_chunks(c.length), nullptr);
         } else {
             out = tca_build_attn(ctx.get(), q, k, v, desc, 0, scale, 0.0f, nullptr);
         }

@@ -305,7 +305,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
         ggml_tensor * ka = tca_build_append(ctx.get(), tk, tv, tp, kc, vc, td, row);
         give(ka);
         cur = split ?
-            tca_build_attn_split(ctx.get(), q, ka, tv, td, row, s.scale, s.softcap, (longest + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, cur) :
+            tca_build_attn_split(ctx.get(), q, ka, tv, td, row, s.scale, s.softcap, tca_attn_n_chunks(longest), cur) :
             tca_build_attn      (ctx.get(), q, ka, tv, td, row, s.scale, s.softcap, cur);
         if (split) {
             give(cur->src[cur->view_src ? 1 : 0]);

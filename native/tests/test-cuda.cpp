@@ -195,7 +195,7 @@ static op_result run(ggml_backend_t backend, const op_case & c, const op_data & 
     const bool  split = c.split >= 0 ? c.split : c.n_tokens*c.gqa <= TCA_ATTN_PARTIAL_ROWS;
     ggml_tensor * kv  = tca_build_append(x, k, v, pos, kc, vc, desc, 0);
     ggml_tensor * out = split ?
-        tca_build_attn_split(x, q, kv, v, desc, 0, scale, c.softcap, (data.longest + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK + 1, nullptr) :
+        tca_build_attn_split(x, q, kv, v, desc, 0, scale, c.softcap, tca_attn_n_chunks(data.longest), nullptr) :
         tca_build_attn      (x, q, kv, v, desc, 0, scale, c.softcap, nullptr);
     ggml_cgraph * gf = ggml_new_graph(x);
     ggml_build_forward_expand(gf, kv);
@@ -478,7 +478,7 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
     ggml_cgraph * gf = ggml_new_graph(x);
     for (int i = 0; i < repeat; ++i) {
         ggml_build_forward_expand(gf, n_tokens*gqa <= TCA_ATTN_PARTIAL_ROWS ?
-            tca_build_attn_split(x, q, k, v, d, 0, 0.088f, 0.0f, (longest + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, nullptr) :
+            tca_build_attn_split(x, q, k, v, d, 0, 0.088f, 0.0f, tca_attn_n_chunks(longest), nullptr) :
             tca_build_attn(x, q, k, v, d, 0, 0.088f, 0.0f, nullptr));
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(x, gpu_backend()) };
