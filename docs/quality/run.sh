@@ -4,15 +4,15 @@
 #   docs/quality/run.sh MODEL [OUT] [PART...]
 #
 # MODEL: a GGUF without budgets. OUT (default docs/quality) gets a JSON a part; a part whose JSON is there is skipped, so an
-# interrupted run goes on where it stopped. PART: only these, of
-#   facts facts-long kl kl-policies tasks policies turns reasoning quantized code records french
+# interrupted run goes on where it stopped; what it had of a part is in PART.unfinished.json. PART: only these, of
+#   facts facts-long kl kl-small kl-policies tasks policies turns reasoning quantized code records french
 # french needs TCA_TEXT, a UTF-8 file of another language than English. Environment: TCA_GGUF (default tca-gguf) says how to
 # start it; EVAL_OPTIONS are options for every evaluation, such as "--gpu-layers -1"; LENGTHS (default 4096,8192) of the parts
 # that have no other; BUDGETS (default OUT/budgets), a folder with calibrated-0.39.gguf, -0.25 and -0.15: made if they are missing.
-# On one H100 a part takes one to five minutes; on two cores of a laptop, hours.
+# On an H100 facts took 75 s, facts-long 60 s and the text parts 60 s each, run one or two at a time: more at once are slower.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 model=$1 out=${2:-$(dirname "$0")}
@@ -49,23 +49,24 @@ part() {  # name, arguments of eval
     fi
     echo "== $name: eval $*"
     # shellcheck disable=SC2086
-    $tca eval "$model" "$@" ${EVAL_OPTIONS:-} --json > "$target.unfinished"
-    mv "$target.unfinished" "$target"
+    $tca eval "$model" "$@" ${EVAL_OPTIONS:-} --save "$out/$name.unfinished.json" > "$out/$name.log" || echo "== $name: not all of it, see $out/$name.log"
+    mv "$out/$name.unfinished.json" "$target"
     echo "== $name: $((SECONDS - started)) s"
 }
 
 for name in $parts; do
     case $name in
     facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
-    facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(at_each calibrated key-diff),$stock" ;;
+    facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(at 0.39 calibrated key-diff),$(at 0.25 calibrated key-diff)" ;;
     kl)         part kl         --suite kld --lengths 4096,8192,12288,16384 --policy "$(at_each calibrated key-diff),$stock" ;;
+    kl-small)   part kl-small   --suite kld --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
     kl-policies) part kl-policies --suite kld --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     policies)   part policies   --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     tasks)      part tasks      --suite needle-multivalue,needle-multiquery,variables,common-words,frequent-words --lengths "$lengths" \
-                    --policy "$(at_each calibrated "${baselines[@]}"),$stock" ;;
+                    --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;
     turns)      part turns      --suite turns --lengths 4096 \
-                    --policy "$(at_each calibrated "${baselines[@]}"),$stock" ;;
-    reasoning)  part reasoning  --suite reasoning --lengths 4096 --samples 2 \
+                    --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;
+    reasoning)  part reasoning  --suite reasoning --lengths 3072 --samples 2 \
                     --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;
     quantized)  part quantized  --suite needle-multikey,kld --lengths "$lengths" --kv-type q8_0 --policy "$(at_each calibrated),$stock" ;;
     code | records) part "$name" --suite needle-multikey,kld --lengths 8192 --text "$name" --policy "$(at_each calibrated key-diff)" ;;
