@@ -20,17 +20,32 @@ static void hadamard_transform(double * x, int n) {
     }
 }
 
-static void rope_undo(double * x, int32_t position, const tca_rope & rope) {
-    if (rope.type == TCA_ROPE_NONE) {
+void tca_rope_table::set(const int32_t * group, int n_tokens, const tca_rope & rope) {
+    const int n_half = rope.n_rot/2;
+    if (scale == rope.scale && (int) positions.size() == n_tokens && std::equal(positions.begin(), positions.end(), group) &&
+            (int) freqs.size() == n_half && std::equal(freqs.begin(), freqs.end(), rope.freqs)) {
         return;
     }
-    const int    n_half = rope.n_rot/2;
-    const double scale  = 1.0/rope.scale;
+    positions.assign(group, group + n_tokens);
+    freqs.assign(rope.freqs, rope.freqs + n_half);
+    scale = rope.scale;
+    turns.resize((size_t) n_tokens*n_half*2);
+    for (int t = 0; t < n_tokens; ++t) {
+        for (int i = 0; i < n_half; ++i) {
+            const double theta = (double) group[t]*rope.freqs[i];
+            turns[((size_t) t*n_half + i)*2]     = std::cos(theta)*(1.0/scale);
+            turns[((size_t) t*n_half + i)*2 + 1] = std::sin(theta)*(1.0/scale);
+        }
+    }
+}
+
+// turns [n_rot/2, 2] of the key's position
+static void rope_undo(double * x, const double * turns, const tca_rope & rope) {
+    const int n_half = rope.n_rot/2;
     for (int i = 0; i < n_half; ++i) {
-        const int    ia    = rope.type == TCA_ROPE_NORM ? 2*i     : i;
-        const int    ib    = rope.type == TCA_ROPE_NORM ? 2*i + 1 : i + n_half;
-        const double theta = (double) position*rope.freqs[i];
-        const double c = std::cos(theta)*scale, s = std::sin(theta)*scale;
+        const int    ia = rope.type == TCA_ROPE_NORM ? 2*i     : i;
+        const int    ib = rope.type == TCA_ROPE_NORM ? 2*i + 1 : i + n_half;
+        const double c = turns[2*i], s = turns[2*i + 1];
         const double a = x[ia], b = x[ib];
         x[ia] = a*c + b*s;
         x[ib] = b*c - a*s;
@@ -45,6 +60,10 @@ void tca_importance(const tca_metric & metric, const tca_group & group, int hada
     if (needs_keys) {
         // double throughout: selection is a ranking, and a rank must not depend on the order of a sum
         scratch.keys.resize((size_t) n*dim);
+        const bool rotated = group.rope && group.rope->type != TCA_ROPE_NONE;
+        if (rotated) {
+            scratch.rope.set(group.positions, n, *group.rope);
+        }
         for (int t = 0; t < n; ++t) {
             double * x = &scratch.keys[(size_t) t*dim];
             for (int d = 0; d < dim; ++d) {
@@ -53,8 +72,8 @@ void tca_importance(const tca_metric & metric, const tca_group & group, int hada
             for (int d = 0; hadamard > 0 && d + hadamard <= dim; d += hadamard) {
                 hadamard_transform(x + d, hadamard);
             }
-            if (group.rope) {
-                rope_undo(x, group.positions[t], *group.rope);
+            if (rotated) {
+                rope_undo(x, &scratch.rope.turns[(size_t) t*(group.rope->n_rot/2)*2], *group.rope);
             }
         }
     }

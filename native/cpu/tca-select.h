@@ -6,8 +6,20 @@
 #include <cstdint>
 #include <vector>
 
+// Sines and cosines of a group's positions. A group has the same positions in every head and layer, and they cost more than all
+// that is done with them: they are kept until other positions or another RoPE come.
+struct tca_rope_table {
+    std::vector<double>  turns;  // [n_tokens, n_rot/2, 2] cosine and sine over rope.scale
+    std::vector<int32_t> positions;
+    std::vector<float>   freqs;
+    float                scale = 0.0f;
+
+    void set(const int32_t * positions, int n_tokens, const tca_rope & rope);
+};
+
 // Scratch that is reused from group to group.
 struct tca_select_scratch {
+    tca_rope_table       rope;
     std::vector<double>  keys;    // [n_tokens, head_dim], before RoPE
     std::vector<double>  blocks;  // [n_blocks] importance
     std::vector<int32_t> order;
