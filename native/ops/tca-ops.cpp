@@ -66,6 +66,6 @@ ggml_tensor * tca_build_compact(ggml_context * ctx, ggml_tensor * k, ggml_tensor
         check_queries(q, k, desc);
     }
     ggml_tensor * args[] = { v, pos, desc, q };
-    return finish(ggml_custom_inplace(ctx, k, args, observes ? 4 : 3, tca_cpu_compact, GGML_N_TASKS_MAX, (void *) params),
+    return finish(ggml_custom_inplace(ctx, k, args, observes ? 4 : 3, tca_cpu_compact, GGML_N_TASKS_MAX, const_cast<tca_select_params *>(params)),
             { TCA_MAGIC, TCA_OP_COMPACT, row, observes ? scale : 0.0f, observes ? softcap : 0.0f, 0 });
 }
