@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tca_gguf.errors import TcaError
+from tca_gguf.loading import context_size
 
 from .allocate import DENSE, allocate, sparsest_within
 from .capture import Progress, run_capture, run_probe_fit
@@ -132,8 +133,7 @@ def measure(
                            output_grams(model_path) if behind_projection else equal_heads)  # fmt: skip
 
         def session_for(capture: object) -> Session:
-            n_ctx = -(-len(text.tokens) // 256) * 256  # llama.cpp pads to this anyway
-            return Session(model, n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, capture=capture)
+            return Session(model, context_size(len(text.tokens)), n_ubatch=n_ubatch, n_threads=n_threads, capture=capture)
 
         probe = None
         if fitted is not None:

@@ -31,6 +31,11 @@ def default_threads() -> int:
     return max(1, os.cpu_count() or 1)
 
 
+def context_size(n_tokens: int) -> int:
+    """Tokens of a context for so many: llama.cpp pads to this."""
+    return -(-n_tokens // 256) * 256
+
+
 def check_model(path: str | os.PathLike[str]) -> bool:
     """Whether the file carries valid budgets that are enabled. Raises TcaError: no GGUF file, or a bad ``tca.*`` key."""
     from . import native

@@ -47,6 +47,11 @@ class LlamaLog:
         line = re.sub(r"^\w+: (error loading model: )?", "", telling[0].replace("\n", " "))
         return "".join(c if c.isprintable() else "?" for c in line)[:400].rstrip(".")
 
+    def explain(self, error: Exception) -> str:
+        """The error's text, and behind it what the log says about it, if that is more."""
+        reason = self.reason()
+        return f"{error}: {reason}" if reason and reason not in str(error) else str(error)
+
 
 _log: LlamaLog | None = None
 

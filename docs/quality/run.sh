@@ -5,7 +5,7 @@
 #
 # MODEL: a GGUF without budgets. OUT (default docs/quality) gets a JSON a part; a part whose JSON is there is skipped, so an
 # interrupted run goes on where it stopped; what it had of a part is in PART.unfinished.json. PART: only these, of
-#   facts facts-long kl kl-small kl-policies tasks policies turns reasoning quantized code records french
+#   facts facts-long kl kl-policies tasks policies turns reasoning quantized code records french
 # french needs TCA_TEXT, a UTF-8 file of another language than English. Environment: TCA_GGUF (default tca-gguf) says how to
 # start it; EVAL_OPTIONS are options for every evaluation, such as "--gpu-layers -1"; LENGTHS (default 4096,8192) of the parts
 # that have no other; BUDGETS (default OUT/budgets), a folder with calibrated-0.39.gguf, -0.25 and -0.15: made if they are missing.
@@ -49,7 +49,10 @@ part() {  # name, arguments of eval
     fi
     echo "== $name: eval $*"
     # shellcheck disable=SC2086
-    $tca eval "$model" "$@" ${EVAL_OPTIONS:-} --save "$out/$name.unfinished.json" > "$out/$name.log" || echo "== $name: not all of it, see $out/$name.log"
+    if ! $tca eval "$model" "$@" ${EVAL_OPTIONS:-} --save "$out/$name.unfinished.json" > "$out/$name.log"; then
+        echo "== $name: not all of it, see $out/$name.log"
+        return
+    fi
     mv "$out/$name.unfinished.json" "$target"
     echo "== $name: $((SECONDS - started)) s"
 }
@@ -59,7 +62,6 @@ for name in $parts; do
     facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
     facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(at 0.39 calibrated key-diff),$(at 0.25 calibrated key-diff)" ;;
     kl)         part kl         --suite kld --lengths 4096,8192,12288,16384 --policy "$(at_each calibrated key-diff),$stock" ;;
-    kl-small)   part kl-small   --suite kld --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
     kl-policies) part kl-policies --suite kld --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     policies)   part policies   --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     tasks)      part tasks      --suite needle-multivalue,needle-multiquery,variables,common-words,frequent-words --lengths "$lengths" \

@@ -29,7 +29,7 @@ from tca_gguf import logs, native
 from tca_gguf.budgets import SLIDING, Budgets
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, model_shape
-from tca_gguf.loading import UBATCH, default_threads
+from tca_gguf.loading import UBATCH, context_size, default_threads
 
 from .cases import TESTS, Case, Settings, ggml_type, groups, resolve
 from .machine import Limits, hardware
@@ -82,8 +82,7 @@ def run(
 def kv_bytes(case: Case, budgets: Budgets, shape: ModelShape, depth: int) -> int:
     """Bytes of a cache with room for this depth and a micro-batch. budgets: any that fit the model, for the dense case."""
     kind = ggml_type(case.kv_type)
-    n_ctx = -(-(depth + UBATCH) // 256) * 256
-    ragged, dense = native.plan_bytes(budgets, shape.head_dim_k, shape.head_dim_v, kind, kind, n_ctx)
+    ragged, dense = native.plan_bytes(budgets, shape.head_dim_k, shape.head_dim_v, kind, kind, context_size(depth + UBATCH))
     return dense if case.budgets is None else ragged
 
 
@@ -117,7 +116,7 @@ class _Group:
         self.ends = {name: next_compaction(b, last) for name, b in budgets.items()}
         longest = max([UBATCH, settings.n_gen + 1, *(end - last + AROUND for end in self.ends.values() if end)])
         self.tokens = [rng.randrange(model.n_vocab) for _ in range(last + longest)]
-        self.n_ctx = -(-len(self.tokens) // 256) * 256
+        self.n_ctx = context_size(len(self.tokens))
         self.samples: dict[tuple[str, int, Case], Sample] = {}
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import click
 
 from tca_gguf.chat import Engine, Sampling, Turn, cache_stats, chat_prompt
 from tca_gguf.errors import TcaError
-from tca_gguf.loading import open_llama
+from tca_gguf.loading import context_size, open_llama
 
 from .common import Number, emit_json, json_option, model_argument, model_options, size
 
@@ -67,7 +67,7 @@ def generate_command(
     text = read_prompt(prompt, file)
     # a byte of UTF-8 is at most one token, and templates add a few; a text of n bytes seldom has more than n/3 tokens
     needed = len(text.encode("utf-8")) // 3 + 512 + max(n_predict, 0)
-    n_ctx = ctx if ctx is not None else (0 if n_predict < 0 else -(-needed // 256) * 256)
+    n_ctx = ctx if ctx is not None else (0 if n_predict < 0 else context_size(needed))
     llm = open_llama(model, n_ctx=n_ctx, kv_type=kv_type, dense=dense, n_threads=threads, n_gpu_layers=gpu_layers,
                      seed=seed, verbose=verbose)  # fmt: skip
     try:

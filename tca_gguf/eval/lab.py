@@ -14,10 +14,10 @@ from tca_gguf.calib.runtime import Model, Session
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape
-from tca_gguf.loading import KV_TYPES
+from tca_gguf.loading import KV_TYPES, context_size
 from tca_gguf.logs import LlamaLog
 
-from .policies import DENSE, Policy, context_size
+from .policies import DENSE, Policy
 from .questions import Question, is_complete, score
 
 GENERATED_COST = 6  # a generated token takes about as long as so many tokens of a text; for the time left only
@@ -66,8 +66,7 @@ class Lab:
         try:
             yield
         except TcaError as error:
-            reason = self.log.reason()
-            self.errors.append(f"{label}: {error}" + (f": {reason}" if reason and reason not in str(error) else ""))
+            self.errors.append(f"{label}: {self.log.explain(error)}")
 
     def rng(self, *names: object) -> random.Random:
         """A generator for the part of the run with these names, always the same for the same seed."""

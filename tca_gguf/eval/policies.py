@@ -23,6 +23,7 @@ from tca_gguf.calib.configs import KEEP_COUNTS, integer_counts
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, read_budgets
+from tca_gguf.loading import context_size
 
 from . import streaming_llm
 
@@ -58,11 +59,6 @@ class Policy:
 
 
 DENSE = Policy("dense", "f16")
-
-
-def context_size(n_tokens: int) -> int:
-    """Tokens of a context for so many: llama.cpp pads to this."""
-    return -(-n_tokens // 256) * 256
 
 
 def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEEP_COUNTS) -> np.ndarray:

@@ -87,8 +87,7 @@ def run(
             raise
         result.interrupted = True
     except TcaError as error:
-        reason = log.reason()
-        raise TcaError(f"{error}: {reason}" if reason and reason not in str(error) else str(error)) from None
+        raise TcaError(log.explain(error)) from None
     if result.errors and not result.rows:
         raise TcaError("; ".join(result.errors))
     return result
