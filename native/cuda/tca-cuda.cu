@@ -54,11 +54,11 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, bool part
     a.scale     = params.scale;
     a.softcap   = params.softcap;
     a.n_chunks  = params.n_chunks;
-    a.at_once   = partial ? tca_cuda_decode_at_once(ctx.device, dst) : 0;
+    a.limits    = partial ? tca_cuda_decode_limits(ctx.device, dst) : tca_decode_limits { 0, 0 };
 
     const int head_dim = k->ne[0];
-    if (a.at_once > 0) {
-        if (ggml_is_quantized(k->type) && ggml_is_quantized(v->type)) {
+    if (a.limits.at_once > 0) {
+        if (tca_decode_is_quantized(k->type, v->type)) {
             tca_cuda_decode_quantized(store, a, head_dim, ctx.stream());
         } else {
             tca_cuda_decode(store, a, head_dim, ctx.stream());

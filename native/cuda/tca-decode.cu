@@ -205,7 +205,8 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
 
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    tca_decode_launch(decode_kernel<D, ROWS>, ROWS, store, q, stream);
+    const int smem = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK_MAX*ROWS*(int) sizeof(float);
+    tca_decode_launch(decode_kernel<D, ROWS>, smem, store, q, stream);
 }
 
 template <int D>
@@ -236,8 +237,8 @@ void tca_cuda_decode(const tca_store & store, const tca_queries & q, int head_di
 // grid (n_head, n_tokens); 512 threads. A warp takes chunks in turn and keeps a running softmax over them, 8 values a lane at
 // most; then the warps are put together.
 static __global__ void __launch_bounds__(512) combine_kernel(const float * partial, size_t nb_head, size_t nb_token, float * dst,
-        size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim, int at_once,
-        int n_chunks_max) {
+        size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim,
+        tca_decode_limits limits, int n_chunks_max) {
     constexpr int N_WARPS = 16;
     ggml_cuda_pdl_lc();
     __shared__ float warp_m[N_WARPS], warp_l[N_WARPS], warp_o[N_WARPS][256];
@@ -250,7 +251,7 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
             used = d[TCA_DESC_USED];
         }
     }
-    const int length   = tca_decode_chunk(desc, n_head_kv*n_seqs, at_once, n_chunks_max);
+    const int length   = tca_decode_chunk(desc, n_head_kv*n_seqs, limits, n_chunks_max);
     const int n_chunks = (used + length - 1)/length;
     ggml_cuda_pdl_sync();
     if (n_chunks == 0) {
@@ -303,12 +304,17 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
     }
 }
 
-int tca_cuda_decode_at_once(int device, const ggml_tensor * partial) {
+tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial) {
     const int first = partial->view_src ? 1 : 0;
     const ggml_tensor * q    = partial->src[first];
     const ggml_tensor * desc = partial->src[first + 3];
     const int rows = q->ne[1]/desc->ne[1]*((q->ne[2] + desc->ne[2] - 1)/desc->ne[2]);
-    return rows <= 8 ? tca_decode_per_sm(q->ne[0], rows)*ggml_cuda_info().devices[device].nsm : 0;
+    if (rows > 8) {
+        return { 0, 0 };
+    }
+    const bool quantized = tca_decode_is_quantized(partial->src[first + 1]->type, partial->src[first + 2]->type);
+    const int  per_sm    = quantized ? tca_decode_per_sm_quantized(q->ne[0]) : tca_decode_per_sm(q->ne[0], rows);
+    return { per_sm*ggml_cuda_info().devices[device].nsm, quantized ? DECODE_CHUNK_MAX_QUANTIZED : DECODE_CHUNK_MAX };
 }
 
 // src: (dst,) partial, desc
@@ -321,5 +327,5 @@ void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], dst->ne[2]), dim3(512), 0, ctx.stream()), (const float *) partial->data,
             partial->nb[2]/sizeof(float), partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
             dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), desc->ne[1], desc->ne[2],
-            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_at_once(ctx.device, partial), (int) partial->ne[1]);
+            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_limits(ctx.device, partial), (int) partial->ne[1]);
 }

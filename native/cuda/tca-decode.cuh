@@ -16,10 +16,14 @@ constexpr int DECODE_STAGES = 3;
 constexpr int DECODE_STAGE  = 128*136 + 16;  // 128 rows of q8_0 x 128, and room to align the start down to 16 bytes
 constexpr int DECODE_CHUNK_MIN = 128;   // shortest chunk; below it what a thread block takes to start counts more than its work
 constexpr int DECODE_CHUNK_MAX = 1344;  // longest: three thread blocks of scores for 4 rows fit a multiprocessor (228 KB)
+constexpr int DECODE_CHUNK_MAX_QUANTIZED = 4096;  // these hold no scores
 
 // Thread blocks a multiprocessor that the kernels are compiled for.
 constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
     return head_dim <= 128 && rows <= 4 ? 3 : 2;
+}
+constexpr __host__ __device__ int tca_decode_per_sm_quantized(int head_dim) {
+    return head_dim <= 128 ? 2 : 1;  // two have the registers that they need; three of them were 3 to 20% slower on an H100
 }
 
 static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units, int u) {
@@ -27,16 +31,17 @@ static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units
     return u < n_units && d[TCA_DESC_COUNT] > 0 ? d[TCA_DESC_USED] : 0;
 }
 
-// Rounds of at_once thread blocks, and their chunk length, for so many slots in n_units regions. There are at most
+// Rounds of limits.at_once thread blocks, and their chunk length, for so many slots in n_units regions. There are at most
 // total/chunk + n_units chunks. More slots never need fewer rounds.
 struct tca_decode_rounds {
     int rounds, chunk;
 
-    __host__ __device__ tca_decode_rounds(int64_t total, int n_units, int at_once) {
-        rounds = (int) (total/((int64_t) DECODE_CHUNK_MAX*at_once)) + 1;
+    __host__ __device__ tca_decode_rounds(int64_t total, int n_units, tca_decode_limits limits) {
+        const int at_once = limits.at_once;
+        rounds = (int) (total/((int64_t) limits.chunk_max*at_once)) + 1;
         rounds = max(rounds, 2*n_units/at_once + 1);  // with many regions most chunks are the last of theirs
         chunk  = fit(total, n_units, at_once);
-        if (chunk > DECODE_CHUNK_MAX) {
+        if (chunk > limits.chunk_max) {
             ++rounds;
             chunk = fit(total, n_units, at_once);
         }
@@ -46,10 +51,10 @@ struct tca_decode_rounds {
     }
 };
 
-// Slots a chunk. at_once: thread blocks that the GPU holds at once; 0: TCA_ATTN_CHUNK. n_chunks: chunks of a region that dst has
+// Slots a chunk; TCA_ATTN_CHUNK where the decode kernels do not run (limits.at_once 0). n_chunks: chunks of a region that dst has
 // room for. Called by whole warps.
-static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int n_units, int at_once, int n_chunks) {
-    if (at_once == 0) {
+static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int n_units, tca_decode_limits limits, int n_chunks) {
+    if (limits.at_once == 0) {
         return TCA_ATTN_CHUNK;
     }
     int total = 0, longest = 0;
@@ -64,7 +69,7 @@ static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int
         longest = max(longest, __shfl_xor_sync(0xffffffff, longest, o));
     }
     const int least = ((longest + n_chunks - 1)/n_chunks + 15)/16*16;
-    return max(max(tca_decode_rounds(total, n_units, at_once).chunk, least), DECODE_CHUNK_MIN);
+    return max(max(tca_decode_rounds(total, n_units, limits).chunk, least), DECODE_CHUNK_MIN);
 }
 
 // Slots of a thread block: n_slots of them from slot j0 of the region on; slot0 is their place in the store.
@@ -78,7 +83,7 @@ struct tca_decode_range {
     // by one warp; the struct is in shared memory
     __device__ __forceinline__ void set(const tca_store & s, const tca_queries & q) {
         const int n_units = s.n_head_kv*s.n_seqs, lane = threadIdx.x % 32;
-        const int length  = tca_decode_chunk(s.desc, n_units, q.at_once, q.n_chunks);
+        const int length  = tca_decode_chunk(s.desc, n_units, q.limits, q.n_chunks);
         int before = 0, unit = -1, at = 0;
         for (int u0 = 0; u0 < n_units && unit < 0; u0 += 32) {
             const int n = (tca_used(s.desc, n_units, u0 + lane) + length - 1)/length;
@@ -240,11 +245,11 @@ static __device__ __forceinline__ void tca_decode_write(const tca_queries & a, c
     __syncthreads();
 }
 
+// smem: bytes of shared memory beside the kernel's static ones
 template <typename Kernel>
-static void tca_decode_launch(Kernel kernel, int rows, const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    const int smem    = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK_MAX*rows*(int) sizeof(float);
+static void tca_decode_launch(Kernel kernel, int smem, const tca_store & store, const tca_queries & q, cudaStream_t stream) {
     const int n_units = store.n_head_kv*store.n_seqs;
-    const int n_blocks = tca_decode_rounds(store.n_slots, n_units, q.at_once).rounds*q.at_once;
+    const int n_blocks = tca_decode_rounds(store.n_slots, n_units, q.limits).rounds*q.limits.at_once;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(std::min(n_blocks, q.n_chunks*n_units)), dim3(32*DECODE_WARPS), smem, stream),
         store, q);

@@ -33,6 +33,12 @@ static __device__ __forceinline__ const int32_t * tca_region(const tca_store & s
     return s.desc + ((size_t) seq*s.n_head_kv + head)*TCA_DESC_SIZE;
 }
 
+// How the decode kernels for a node's types, head size and number of rows cut the regions (tca-decode.cuh).
+struct tca_decode_limits {
+    int at_once;    // thread blocks that the GPU holds at once; 0: too many rows for these kernels
+    int chunk_max;  // slots of a thread block at most
+};
+
 // Queries and destination of an attention node.
 struct tca_queries {
     const float * q;
@@ -44,8 +50,8 @@ struct tca_queries {
     float         scale;
     float         softcap;
     // PARTIAL only: dst is [head_dim + 2, n_chunks, n_head, n_tokens]
-    int           n_chunks;
-    int           at_once;              // thread blocks of the decode kernels that the GPU holds at once; 0: too many rows for them
+    int               n_chunks;
+    tca_decode_limits limits;
 };
 
 constexpr float TCA_NO_MAX = -1e29f;  // running maximum before the first visible slot, as on the CPU
@@ -118,6 +124,11 @@ static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i
     }
 }
 
+// Which of the two decode kernels takes such a store.
+static inline bool tca_decode_is_quantized(ggml_type type_k, ggml_type type_v) {
+    return ggml_is_quantized(type_k) && ggml_is_quantized(type_v);
+}
+
 // Four bytes u0..u3, as halfs 1024 + u: (u0, u1) and (u2, u3).
 static __device__ __forceinline__ half2 tca_bytes_lo(uint32_t w) {
     const uint32_t h = __byte_perm(w, 0x64646464u, 0x4140);
@@ -169,6 +180,12 @@ static __device__ __forceinline__ void tca_cp_async(uint32_t dst, const void * s
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(n) : "memory");
 }
 
+// The same for 16 bytes, or nothing, without a branch.
+static __device__ __forceinline__ void tca_cp_async_if(bool condition, uint32_t dst, const void * src) {
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }"
+        :: "r"(dst), "l"(src), "r"((int) condition) : "memory");
+}
+
 static __device__ __forceinline__ void tca_cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -197,7 +214,7 @@ void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 bool tca_cuda_has_metric(const tca_metric & metric);  // compaction by it
 void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
 void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
-int  tca_cuda_decode_at_once(int device, const ggml_tensor * partial);
+tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial);
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial);
 // head sizes 64 and 128 on compute capability 9.0; false: not this device or not this build
