@@ -2,7 +2,7 @@
 
 texts, facts   the calibration text: prose, code, records, planted facts and later questions
 runtime        a model and a context of the patched runtime
-capture        one forward pass, each layer's Q, K, V evaluated in the callback
+capture        one forward pass, each layer's Q, K, V looked at in the callback
 stream         the runtime's streaming rule: which tokens a query sees
 configs        the log-Gaussian family of configurations
 probe          a vector a head that tells from a key how much its token will matter
@@ -14,6 +14,6 @@ pipeline       all of it in order
 
 from __future__ import annotations
 
-from .pipeline import DEFAULT_KEEP, DEFAULT_TOKENS, Measurement, calibrate, choose_budgets, measure
+from .pipeline import DEFAULT_KEEP, DEFAULT_METRIC, DEFAULT_TOKENS, Measurement, calibrate, choose_budgets, measure
 
-__all__ = ["DEFAULT_KEEP", "DEFAULT_TOKENS", "Measurement", "calibrate", "choose_budgets", "measure"]
+__all__ = ["DEFAULT_KEEP", "DEFAULT_METRIC", "DEFAULT_TOKENS", "Measurement", "calibrate", "choose_budgets", "measure"]

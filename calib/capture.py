@@ -1,12 +1,14 @@
-"""Forward passes over the calibration text; each layer's Q, K and V are evaluated inside the callback and dropped.
+"""One forward pass over the calibration text; each layer's Q, K and V are looked at inside the callback.
 
-The pass runs in micro-batches over the stock f16 cache. A micro-batch is handed over with all keys before it, so its
-queries can be evaluated at once: memory beside the model is the dense cache, one micro-batch and one layer's keys.
+The pass runs in micro-batches over the stock f16 cache. A layer's sampled queries are held until the last micro-batch, which
+hands over the keys and values of the whole text: the probe that ranks tokens is then fitted, and the errors follow. Memory
+beside the model is the dense cache, one micro-batch, one layer's keys and values, and the sampled queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,49 +71,58 @@ def run_pass(
     return full
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """Queries of a layer in one micro-batch. q: float32 [n_head, n, head_dim_k]; queries, kinds: [n], as in `CalibrationText`."""
+
+    q: np.ndarray
+    queries: np.ndarray
+    kinds: np.ndarray
+
+
+def sampled(qkv: Any, start: int, queries: np.ndarray, kinds: np.ndarray) -> Sampled:
+    """Those of the queries that lie in the micro-batch that begins with token ``start``."""
+    mine = (queries >= start) & (queries < start + qkv.n_tokens)
+    return Sampled(np.ascontiguousarray(qkv.q[:, queries[mine] - start]), queries[mine], kinds[mine])
+
+
 def run_capture(
     session_for: Callable[[Any], Any],
     table: ErrorTable,
     text: CalibrationText,
     metric: str,
     progress: Progress | None = None,
-    probe: np.ndarray | None = None,
+    fit: ProbeFit | None = None,
 ) -> list[int]:
     """Fills ``table`` from one forward pass; see `run_pass` for the arguments and the result.
 
-    probe: float32 [n_layer, n_head_kv, head_dim_k], for the metric that uses one.
+    fit: for the metric that uses a probe, made for this text; fitted layer by layer before errors are measured.
     """
     from tca_gguf import native
 
     counts = np.zeros(len(table.keep_counts), dtype=np.int32)
     counts[-1] = table.layout.n_blocks
+    held: dict[int, list[Sampled]] = {}
 
     def visit(qkv: Any, start: int, rope: Any) -> None:
+        layer, probe = qkv.layer, None
+        held.setdefault(layer, []).append(sampled(qkv, start, text.queries, text.kinds))
+        if fit is not None:
+            part = sampled(qkv, start, fit.queries, fit.query_kinds)
+            fit.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap)
+        if qkv.n_kv < len(text.tokens):
+            return
+        if fit is not None:
+            probe = fit.solve_layer(layer, qkv.k, rope)
+
         def order(head: int, group: slice) -> GroupOrder:
             positions = np.arange(group.start, group.stop, dtype=np.int32)
             _, scores = native.select(qkv.k[head, group], positions, rope, table.layout.block_size, table.keep_counts,
-                                      counts, metric=metric, values=qkv.v[head, group], layer=qkv.layer, head=head,
-                                      probe=None if probe is None else probe[qkv.layer, head])  # fmt: skip
+                                      counts, metric=metric, values=qkv.v[head, group], layer=layer, head=head,
+                                      probe=None if probe is None else probe[head])  # fmt: skip
             return order_group(scores, table.layout.block_size)
 
-        mine = (text.queries >= start) & (text.queries < start + qkv.n_tokens)
-        table.add_layer(qkv.layer, qkv.q, qkv.k, qkv.v, start, text.queries[mine], text.kinds[mine], qkv.scale,
-                        qkv.softcap, order)  # fmt: skip
+        for part in held.pop(layer):
+            table.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap, order)
 
     return run_pass(session_for, table.n_layer, text.tokens, visit, progress)
-
-
-def run_probe_fit(
-    session_for: Callable[[Any], Any], fit: ProbeFit, n_layer: int, text: CalibrationText, progress: Progress | None = None
-) -> np.ndarray:
-    """The probe that ``fit`` finds in one forward pass, float32 [n_layer, n_head_kv, head_dim_k]; 0 in layers it does not visit."""
-
-    def visit(qkv: Any, start: int, rope: Any) -> None:
-        mine = (text.queries >= start) & (text.queries < start + qkv.n_tokens)
-        fit.add_layer(qkv.layer, qkv.q, qkv.k, qkv.v, start, text.queries[mine], text.kinds[mine], qkv.scale, qkv.softcap)
-        if qkv.n_kv == len(text.tokens):
-            fit.solve_layer(qkv.layer, qkv.k, rope, n_layer)
-
-    run_pass(session_for, n_layer, text.tokens, visit, progress)
-    assert fit.probe is not None
-    return fit.probe

@@ -10,13 +10,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-KEEP_COUNTS = (1, 2, 4, 8, 16)
 SIGMAS = (0.5, 1.0, 2.0)
-# log2 k runs from 0 to 4; the tails beyond it give the nearly pure ends of the family, down to "1 of every block"
+# log2 k runs from -1 (nothing) to 4; the tails beyond it give the nearly pure ends of the family
 MUS = tuple(np.arange(-4.0, 8.01, 0.25).tolist())
 
 
-def integer_counts(mu: float, sigma: float, n_blocks: int, keep_counts: Sequence[int] = KEEP_COUNTS) -> tuple[int, ...]:
+def powers_of_two(block_size: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to ``block_size``: the paper's numbers of kept tokens, those of uniform budgets."""
+    return tuple(1 << i for i in range(block_size.bit_length()))
+
+
+def calibrated_keep_counts(block_size: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, ... up to ``block_size``: what a block may keep under calibrated budgets (docs/calibration.md says why nothing, too)."""
+    return (0, *powers_of_two(block_size))
+
+
+def integer_counts(mu: float, sigma: float, n_blocks: int, keep_counts: Sequence[int]) -> tuple[int, ...]:
     """Blocks of a group that keep ``keep_counts[j]`` tokens, by the method of largest remainders (ties to the smaller k).
 
     Returns ``len(keep_counts)`` non-negative integers that sum to ``n_blocks``. A keep count of 0 is placed one octave
@@ -39,8 +48,8 @@ def integer_counts(mu: float, sigma: float, n_blocks: int, keep_counts: Sequence
 
 
 def config_grid(
-    n_blocks: int = 32,
-    keep_counts: Sequence[int] = KEEP_COUNTS,
+    n_blocks: int,
+    keep_counts: Sequence[int],
     mus: Sequence[float] = MUS,
     sigmas: Sequence[float] = SIGMAS,
 ) -> np.ndarray:
@@ -55,11 +64,6 @@ def config_grid(
     return np.array([row for row in ordered if int(keep @ np.array(row)) < dense], dtype=np.int32)
 
 
-def kept_per_group(configs: np.ndarray, keep_counts: Sequence[int] = KEEP_COUNTS) -> np.ndarray:
+def kept_per_group(configs: np.ndarray, keep_counts: Sequence[int]) -> np.ndarray:
     """Tokens that one group leaves behind under each configuration, int64 [n_configs]."""
     return configs.astype(np.int64) @ np.asarray(keep_counts, dtype=np.int64)
-
-
-def nearest_config(configs: np.ndarray, kept: float, keep_counts: Sequence[int] = KEEP_COUNTS) -> int:
-    """Row whose kept tokens per group come nearest to ``kept``; used as the yardstick between kinds of queries."""
-    return int(np.argmin(np.abs(kept_per_group(configs, keep_counts) - kept)))

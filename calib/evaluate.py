@@ -180,17 +180,16 @@ class ErrorTable:
         q: np.ndarray,
         k: np.ndarray,
         v: np.ndarray,
-        first_query: int,
         queries: np.ndarray,
         kind_of: np.ndarray,
         scale: float,
         softcap: float,
         order: Callable[[int, slice], GroupOrder],
     ) -> None:
-        """Evaluates one layer of one micro-batch.
+        """Evaluates some queries of one layer.
 
-        q: [n_head, n_tokens, head_dim_k], token 0 of it is ``first_query`` of the text; k, v: [n_head_kv, n_kv, head_dim]
-        queries: sampled indices, all inside this micro-batch; kind_of: [len(queries)], index into ``kinds``
+        q: [n_head, len(queries), head_dim_k]; k, v: [n_head_kv, n_kv, head_dim], of the text from its first token on to the last
+        query or farther; queries: their indices in the text; kind_of: [len(queries)], index into ``kinds``
         order(KV head, tokens of the group): ranks one group
         """
         if len(queries) == 0:
@@ -199,12 +198,12 @@ class ErrorTable:
         n_groups = self.layout.compacted(int(queries.max()))
         grams = self.grams(layer, q.shape[0], v.shape[2])
         for h in range(self.n_head_kv):
-            # groups are ranked once and remembered for later micro-batches
+            # groups are ranked once and remembered for later queries
             orders = self._orders.setdefault((layer, h), [])
             for g in range(len(orders), n_groups):
                 orders.append(order(h, self.layout.group(g)))
-            sampled = q[h * n_rep : (h + 1) * n_rep, queries - first_query]
-            result = head_errors(np.ascontiguousarray(sampled), queries, k[h], v[h], scale, softcap, self.layout, orders,
+            sampled = np.ascontiguousarray(q[h * n_rep : (h + 1) * n_rep])
+            result = head_errors(sampled, queries, k[h], v[h], scale, softcap, self.layout, orders,
                                  self.keep_counts, self.configs, grams[h * n_rep : (h + 1) * n_rep])
             for kind in range(len(self.kinds)):
                 mine = kind_of == kind

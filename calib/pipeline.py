@@ -13,8 +13,8 @@ from tca_gguf.errors import TcaError
 from tca_gguf.loading import context_size
 
 from .allocate import DENSE, allocate, sparsest_within
-from .capture import Progress, run_capture, run_probe_fit
-from .configs import KEEP_COUNTS, config_grid, integer_counts, kept_per_group
+from .capture import Progress, run_capture
+from .configs import calibrated_keep_counts, config_grid, integer_counts, kept_per_group
 from .contribution import equal_heads, output_grams
 from .evaluate import ErrorTable
 from .probe import METRIC as PROBE_METRIC
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets
 
 DEFAULT_KEEP = 0.39
+DEFAULT_METRIC = PROBE_METRIC
 DEFAULT_TOKENS = 6144
 # Tokens of a micro-batch: what the pass needs beside model and cache grows with it (docs/calibration.md, "Memory").
 UBATCH = 512
@@ -102,14 +103,18 @@ def measure(
     progress: Progress | None = None,
     n_threads: int | None = None,
     layout: Layout | None = None,
-    keep_counts: tuple[int, ...] = KEEP_COUNTS,
+    keep_counts: tuple[int, ...] | None = None,
     configs: np.ndarray | None = None,
-    metric: str = "key-diff",
+    metric: str = DEFAULT_METRIC,
     cost: str = COSTS[0],
     n_ubatch: int = UBATCH,
     n_gpu_layers: int = 0,
 ) -> Measurement:
-    """One forward pass over the calibration text, two for the metric that uses a probe; see `calibrate` for the arguments."""
+    """One forward pass over the calibration text; see `calibrate` for the arguments.
+
+    keep_counts: what a block may keep, increasing (default `calibrated_keep_counts`); configs: int32 [n_configs, n_keep]
+    (default `config_grid`)
+    """
     from tca_gguf import native
 
     if cost not in COSTS:
@@ -119,6 +124,7 @@ def measure(
                        f"uniform budgets: eval MODEL --uniform 0.25 --policy {metric}")  # fmt: skip
     behind_projection = cost == "layer"
     layout = layout or Layout()
+    keep_counts = calibrated_keep_counts(layout.block_size) if keep_counts is None else keep_counts
     configs = config_grid(layout.n_blocks, keep_counts) if configs is None else configs
     with Model(model_path, overrides={"tca.enabled": False}, n_gpu_layers=n_gpu_layers) as model:
         wanted = min(tokens or DEFAULT_TOKENS, model.n_ctx_train)
@@ -128,35 +134,26 @@ def measure(
                 f"(sinks + window + group = {layout.first_evicting}); it runs dense as it is"
             )
         text: CalibrationText = compose(model.tokenize, wanted, layout, texts, seed)
-        fitted = compose(model.tokenize, wanted, layout, texts, seed, *FIT_QUERIES) if metric == PROBE_METRIC else None
         table = ErrorTable(KINDS, layout, keep_counts, configs, model.n_layer, model.n_head_kv,
                            output_grams(model_path) if behind_projection else equal_heads)  # fmt: skip
 
         def session_for(capture: object) -> Session:
             return Session(model, context_size(len(text.tokens)), n_ubatch=n_ubatch, n_threads=n_threads, capture=capture)
 
-        probe = None
-        if fitted is not None:
-            fit = ProbeFit(layout, len(KINDS), table.n_layer, table.n_head_kv, len(fitted.tokens), fitted.queries, fitted.kinds)
-            probe = run_probe_fit(session_for, fit, table.n_layer, fitted, part_of(progress, 0, 2))
-            progress = part_of(progress, 1, 2)
-        full = run_capture(session_for, table, text, metric, progress, probe)
+        fit = None
+        if metric == PROBE_METRIC:
+            more = compose(model.tokenize, wanted, layout, texts, seed, *FIT_QUERIES)  # the same text
+            fit = ProbeFit(layout, len(KINDS), model.n_layer, model.n_head_kv, len(more.tokens), more.queries, more.kinds)
+        full = run_capture(session_for, table, text, metric, progress, fit)
     return Measurement(layout, keep_counts, configs, metric, seed, KINDS, table.mean_error(), table.mean_dropped(),
                        table.mean_bound(), table.lost_share() if behind_projection else None, len(text.tokens), text.sha256,
-                       tuple(full), probe)  # fmt: skip
-
-
-def part_of(progress: Progress | None, part: int, parts: int) -> Progress | None:
-    """Progress of one of several passes of equal length, told as that of the whole."""
-    if progress is None:
-        return None
-    return lambda done, total, label: progress(part * total + done, parts * total, label)
+                       tuple(full), None if fit is None else fit.probe)  # fmt: skip
 
 
 def choose_budgets(m: Measurement, keep: float | None = None, max_error: float | None = None, cost: str = COSTS[0]) -> Budgets:
     """Budgets from what was measured.
 
-    keep: mean kept fraction of the evicted region at most (default 0.39 without ``max_error``); the summed cost is least.
+    keep: mean kept fraction of the evicted region at most (default DEFAULT_KEEP without ``max_error``); the summed cost is least.
     cost: one of COSTS; "layer" needs a measurement that was made with it.
     max_error: no head's relative output error is above it. Alone, every head gets the sparsest configuration within it (the
     paper's rule), and the kept fraction follows. Raises TcaError if both together cannot be met.
@@ -225,12 +222,12 @@ def calibrate(
     group_size: int = 512,
     window: int = 496,
     sinks: int = 16,
-    metric: str = "key-diff",
+    metric: str = DEFAULT_METRIC,
     max_error: float | None = None,
     cost: str = COSTS[0],
     n_gpu_layers: int = 0,
 ) -> Budgets:
-    """Budgets for every head of a model, from one forward pass, or two for the metric "key-probe".
+    """Budgets for every head of a model, from one forward pass.
 
     keep, max_error, cost: see `choose_budgets`; keep is in (0, 1]
     texts: documents in place of the package's own; facts are planted in them too
@@ -244,7 +241,6 @@ def calibrate(
     if keep is not None and not 0 < keep <= 1:
         raise TcaError(f"keep is {keep}; it must be above 0 and at most 1")
     layout = Layout(block_size, group_size, window, sinks)
-    keep_counts = tuple(2**i for i in range(block_size.bit_length()) if 2**i <= block_size)
     measured = measure(model_path, texts=texts, tokens=tokens, seed=seed, progress=progress, n_threads=n_threads,
-                       layout=layout, keep_counts=keep_counts, metric=metric, cost=cost, n_gpu_layers=n_gpu_layers)  # fmt: skip
+                       layout=layout, metric=metric, cost=cost, n_gpu_layers=n_gpu_layers)  # fmt: skip
     return choose_budgets(measured, keep, max_error, cost)

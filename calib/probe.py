@@ -53,10 +53,12 @@ class ProbeFit:
     """Sums over the queries of a forward pass what each token adds, then fits.
 
     n_tokens: length of the text; queries: [n] indices of all queries that will be added, kinds: [n] their kinds
+    probe: float32 [n_layer, n_head_kv, head_dim_k], 0 in layers that are not solved yet; None before the first
     """
 
     def __init__(self, layout: Layout, n_kinds: int, n_layer: int, n_head_kv: int, n_tokens: int, queries: np.ndarray, kinds: np.ndarray) -> None:
-        self.layout, self.n_head_kv, self.n_kinds = layout, n_head_kv, n_kinds
+        self.layout, self.n_layer, self.n_head_kv = layout, n_layer, n_head_kv
+        self.queries, self.query_kinds = queries, kinds
         self.added = np.zeros((n_kinds, n_layer, n_head_kv, n_tokens))
         compacted = np.array([layout.compacted(int(i)) for i in queries])
         used = [kind for kind in range(n_kinds) if (compacted[kinds == kind] > 0).any()]
@@ -67,16 +69,16 @@ class ProbeFit:
         self.n_groups, self.seen, self.kinds = int(enough.sum()), seen, used
         self.probe: np.ndarray | None = None
 
-    def add_layer(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, first_query: int, queries: np.ndarray,
-                  kind_of: np.ndarray, scale: float, softcap: float) -> None:
-        """One layer of one micro-batch; the arguments are those of `ErrorTable.add_layer`."""
+    def add_layer(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, queries: np.ndarray, kind_of: np.ndarray,
+                  scale: float, softcap: float) -> None:
+        """Some queries of one layer; the arguments are those of `ErrorTable.add_layer`."""
         n_rep = q.shape[0] // self.n_head_kv
         start = self.layout.sinks
         for kind in self.kinds:
-            mine = queries[kind_of == kind]
-            mine = mine[mine >= self.layout.first_evicting]
+            mine = np.flatnonzero((kind_of == kind) & (queries >= self.layout.first_evicting))
             for first in range(0, len(mine), CHUNK):
-                chunk = mine[first : first + CHUNK]
+                rows = mine[first : first + CHUNK]
+                chunk = queries[rows]
                 n_kv = int(chunk[-1]) + 1
                 end = start + np.array([self.layout.compacted(int(i)) for i in chunk]) * self.layout.group_size
                 token = np.arange(n_kv)
@@ -86,7 +88,7 @@ class ProbeFit:
                     keys, values = k[h, :n_kv], v[h, :n_kv]
                     length2 = (values**2).sum(axis=1)
                     for r in range(h * n_rep, (h + 1) * n_rep):
-                        p = q[r, chunk - first_query] @ keys.T * np.float32(scale)
+                        p = q[r, rows] @ keys.T * np.float32(scale)
                         if softcap:
                             p = np.float32(softcap) * np.tanh(p / np.float32(softcap))
                         p[future] = -np.inf
@@ -100,14 +102,15 @@ class ProbeFit:
                         p *= droppable
                         self.added[kind, layer, h, :n_kv] += p.sum(axis=0)
 
-    def solve_layer(self, layer: int, k: np.ndarray, rope: Any, n_layer: int) -> None:
-        """Fits the heads of a layer from all keys [n_head_kv, n_tokens, head_dim_k] of the text, as the cache holds them."""
+    def solve_layer(self, layer: int, k: np.ndarray, rope: Any) -> np.ndarray:
+        """Fits the heads of a layer, float32 [n_head_kv, head_dim_k]. k: all keys of the text, [n_head_kv, n_tokens, head_dim_k], as the cache
+        holds them."""
         if self.n_groups == 0:
             raise TcaError("too few queries to fit a probe; use a longer calibration text")
         size, start = self.layout.group_size, self.layout.sinks
         span = slice(start, start + self.n_groups * size)
         if self.probe is None:
-            self.probe = np.zeros((n_layer, self.n_head_kv, k.shape[2]), np.float32)
+            self.probe = np.zeros((self.n_layer, self.n_head_kv, k.shape[2]), np.float32)
         for h in range(self.n_head_kv):
             total = np.zeros(span.stop - start)
             for column, kind in enumerate(self.kinds):
@@ -117,3 +120,4 @@ class ProbeFit:
             if not np.isfinite(weights).all():
                 raise TcaError("calibration gave errors that are not finite; the model's activations overflow on this text")
             self.probe[layer, h] = weights
+        return self.probe[layer]

@@ -19,7 +19,6 @@ from .llama import load
 from .loading import open_llama
 
 MODEL = "smollm2"
-KEEP = 0.39
 N_CTX = 8192
 DOCUMENT_WORDS = 4600  # about 6,100 tokens
 SEED = 7
@@ -79,7 +78,7 @@ def prepare(report: Callable[[str], None], progress: Callable[[int, int, str], N
     from . import calib
 
     report("calibrating")
-    budgets = calib.calibrate(plain, keep=KEEP, seed=0, progress=progress, n_threads=n_threads)
+    budgets = calib.calibrate(plain, seed=0, progress=progress, n_threads=n_threads)
     gguf_file.embed_budgets(plain, ready, budgets)
     return ready
 

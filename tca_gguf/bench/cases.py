@@ -84,12 +84,12 @@ def groups(settings: Settings) -> list[list[Case]]:
 def uniform(shape: ModelShape, keep: float | None, own: Budgets | None = None) -> Budgets:
     """Every head under the same configuration, that of `eval`'s uniform policies; keep None: every head dense.
 
-    own: the file's budgets, whose layout, metric and sliding-window layers are taken over.
+    own: the file's budgets, whose layout, metric, probe and sliding-window layers are taken over.
     """
-    from tca_gguf.eval.policies import DEFAULT_METRIC, layout_of, uniform_budgets
+    from tca_gguf.eval.policies import UNIFORM_METRIC, layout_of, uniform_budgets
 
     full = own.stored_layers() if own else None
-    budgets = uniform_budgets(shape, own.metric if own else DEFAULT_METRIC, keep or 1.0, layout_of(own), full)
+    budgets = uniform_budgets(shape, own.metric if own else UNIFORM_METRIC, keep or 1.0, layout_of(own), full, own.probe if own else None)
     if keep is None:
         heads = np.where(budgets.head_config == SLIDING, SLIDING, DENSE_HEAD).astype(np.int32)
         budgets = replace(budgets, head_config=heads, kept_fraction=1.0)

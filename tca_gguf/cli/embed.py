@@ -9,6 +9,7 @@ import numpy as np
 
 from tca_gguf import gguf_file
 from tca_gguf.budgets import Budgets
+from tca_gguf.calib import DEFAULT_KEEP, DEFAULT_METRIC, DEFAULT_TOKENS
 from tca_gguf.errors import TcaError
 
 from .common import Number, emit_json, gpu_layers_option, json_option, model_argument, progress_bar, size, threads_option, verbose_option
@@ -56,16 +57,16 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 @model_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here.  [default: MODEL itself, in place]")
 @click.option("--keep", type=Number(0.0, 1.0, above=True),
-              help="Mean share of the evicted region's tokens that heads keep.  [default: 0.39]")  # fmt: skip
+              help=f"Mean share of the evicted region's tokens that heads keep.  [default: {DEFAULT_KEEP}]")  # fmt: skip
 @click.option("--max-error", type=Number(0.0, above=True),
               help="Largest relative error of any head's output, such as 0.1. Without --keep every head keeps as little as that allows.")  # fmt: skip
-@click.option("--metric", default="key-diff", show_default=True, metavar="NAME",
-              help="How tokens are ranked: key-diff, key-probe or a baseline (docs/gguf-keys.md).")  # fmt: skip
+@click.option("--metric", default=DEFAULT_METRIC, show_default=True, metavar="NAME",
+              help="How tokens are ranked: key-probe, key-diff or a baseline (docs/gguf-keys.md).")  # fmt: skip
 @click.option("--cost", type=click.Choice(["layer", "head"]), default="layer", show_default=True,
               help="What budgets minimise: what each layer loses behind its output projection, or the error of each head's output.")  # fmt: skip
 @click.option("--text", "texts", type=click.Path(path_type=Path), multiple=True,
               help="Calibrate on this UTF-8 text file; may be given several times.  [default: the package's own text]")  # fmt: skip
-@click.option("--tokens", type=Number(1), help="Tokens of the calibration text to use.  [default: 6144]")
+@click.option("--tokens", type=Number(1), help=f"Tokens of the calibration text to use.  [default: {DEFAULT_TOKENS}]")
 @click.option("--seed", type=Number(0, 2**32 - 1), default=0, show_default=True, help="Seed of the calibration.")
 @click.option("--dry-run", is_flag=True, help="Calibrate and report, but write nothing.")
 @threads_option

@@ -19,7 +19,8 @@ import numpy as np
 
 from tca_gguf.budgets import DENSE as DENSE_HEAD
 from tca_gguf.budgets import FORMAT_VERSION, SLIDING, Budgets
-from tca_gguf.calib.configs import KEEP_COUNTS, integer_counts
+from tca_gguf.calib import DEFAULT_METRIC
+from tca_gguf.calib.configs import integer_counts, powers_of_two
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, read_budgets
@@ -28,7 +29,7 @@ from tca_gguf.loading import context_size
 from . import streaming_llm
 
 CALIBRATED = "calibrated"
-DEFAULT_METRIC = "key-diff"
+UNIFORM_METRIC = "key-diff"  # of uniform budgets where no metric is named: the yardstick, whatever calibration uses
 DENSE_TYPES = {"dense-q8_0": "q8_0", "dense-q4_0": "q4_0"}
 SIGMA = 2.0  # of the uniform configuration: the best width for uniform budgets, so that the yardstick is a fair one
 
@@ -61,8 +62,9 @@ class Policy:
 DENSE = Policy("dense", "f16")
 
 
-def uniform_config(keep: float, layout: Layout, keep_counts: Sequence[int] = KEEP_COUNTS) -> np.ndarray:
-    """int32 [n_keep]: the row of the log-Gaussian family (width SIGMA) whose kept fraction is nearest ``keep``."""
+def uniform_config(keep: float, layout: Layout) -> np.ndarray:
+    """int32 [n_keep]: the row of the log-Gaussian family (width SIGMA, over `powers_of_two`) whose kept fraction is nearest ``keep``."""
+    keep_counts = powers_of_two(layout.block_size)
     rows = {integer_counts(mu, SIGMA, layout.n_blocks, keep_counts) for mu in np.arange(-16.0, 20.01, 0.02)}
     kept = np.asarray(keep_counts)
     return np.array(min(sorted(rows), key=lambda row: abs(float(kept @ np.array(row)) - keep * layout.group_size)), np.int32)
@@ -77,8 +79,7 @@ def uniform_budgets(
 
     Raises TcaError if the runtime does not know the metric.
     """
-    keep_counts = tuple(2**i for i in range(layout.block_size.bit_length()) if 2**i <= layout.block_size)
-    row = uniform_config(keep, layout, keep_counts)
+    keep_counts, row = powers_of_two(layout.block_size), uniform_config(keep, layout)
     heads = np.full((shape.n_layer, shape.n_head_kv), SLIDING, np.int32)
     heads[slice(None) if full is None else list(full)] = DENSE_HEAD if keep == 1 else 0
     fraction = 1.0 if keep == 1 else float(np.asarray(keep_counts) @ row) / layout.group_size
@@ -113,7 +114,7 @@ def make_policies(
 
     def uniform(name: str, keep: float) -> Policy:
         streams = name == streaming_llm.NAME
-        budgets = uniform_budgets(shape, DEFAULT_METRIC if streams else name, keep, layout, full(), own.probe if own is not None else None)
+        budgets = uniform_budgets(shape, UNIFORM_METRIC if streams else name, keep, layout, full(), own.probe if own is not None else None)
         return Policy(name, kv_type, budgets, budgets if streams else None)
 
     once = [policy for name in names if (policy := fixed_policy(name, kv_type, shape, uniform)) is not None]

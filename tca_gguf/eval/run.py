@@ -18,7 +18,7 @@ from tca_gguf.llama import load
 from tca_gguf.loading import check_model, default_threads
 
 from .lab import Lab, Progress, Settings, check_lengths
-from .policies import CALIBRATED, DEFAULT_METRIC, layout_of, make_policies
+from .policies import CALIBRATED, UNIFORM_METRIC, layout_of, make_policies
 from .suites import SUITES
 from .texts import read_text
 
@@ -106,7 +106,7 @@ def policy_names(settings: Settings) -> tuple[tuple[str, ...], tuple[float, ...]
     if settings.keeps and settings.uniform is not None:
         raise TcaError("--keep and --uniform exclude each other: --keep calibrates, and gives uniform policies the same fractions")
     uniform = settings.uniform is not None
-    names = settings.policies or ((DEFAULT_METRIC,) if uniform else (CALIBRATED,))
+    names = settings.policies or ((UNIFORM_METRIC,) if uniform else (CALIBRATED,))
     return names, (settings.uniform,) if settings.uniform is not None else settings.keeps
 
 

@@ -17,8 +17,9 @@ F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30  # ggml types of a cache
 SINKS, WINDOW, GROUP, BLOCK = 16, 48, 64, 16  # small, so that a few hundred tokens are compacted several times
 FIRST = SINKS + WINDOW + GROUP  # tokens after which the first group goes
 
-# blocks of a group that keep 1, 2, 4, 8, 16 of their 16 tokens
-CONFIGS = np.array([[4, 0, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 2, 2, 0], [0, 0, 0, 0, 4], [2, 0, 0, 0, 2]], np.int32)
+# blocks of a group that keep so many of their 16 tokens; the first row keeps nothing
+KEEP_COUNTS = (0, 1, 2, 4, 8, 16)
+CONFIGS = np.array([[4, 0, 0, 0, 0, 0], [1, 0, 1, 1, 1, 0], [0, 0, 0, 2, 2, 0], [0, 0, 0, 0, 0, 4], [0, 2, 0, 0, 0, 2]], np.int32)
 
 
 def make_budgets(path: Path, dense: bool = False, seed: int = 1, **changes: Any) -> Budgets:
@@ -28,7 +29,7 @@ def make_budgets(path: Path, dense: bool = False, seed: int = 1, **changes: Any)
     if dense:
         heads[:] = -1
     values: dict[str, Any] = dict(version=1, block_size=BLOCK, group_size=GROUP, window=WINDOW, sinks=SINKS, metric="key-diff",
-                                  keep_counts=(1, 2, 4, 8, 16), configs=CONFIGS, head_config=heads, kept_fraction=0.5)  # fmt: skip
+                                  keep_counts=KEEP_COUNTS, configs=CONFIGS, head_config=heads, kept_fraction=0.5)  # fmt: skip
     return Budgets(**{**values, **changes})
 
 

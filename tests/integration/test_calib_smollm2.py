@@ -61,7 +61,7 @@ def test_budgets_meet_the_target(measured, keep):
 def test_the_same_run_twice_gives_the_same_budgets(model, measured):
     again, first = calibrate(model, tokens=TOKENS, keep=0.39), choose_budgets(measured, 0.39)
     assert (again.head_config == first.head_config).all() and (again.configs == first.configs).all()
-    assert (again.calibration.errors == first.calibration.errors).all()
+    assert (again.calibration.errors == first.calibration.errors).all() and (again.probe == first.probe).all()
     assert again.calibration.text_sha256 == first.calibration.text_sha256
 
 
@@ -91,8 +91,9 @@ def test_the_runtime_keeps_what_calibration_evaluated(model, embedded, measured)
             for g in range(2):
                 span = layout.group(g)
                 positions = np.arange(span.start, span.stop, dtype=np.int32)
-                counts = budgets.configs[row] if row >= 0 else np.array([0, 0, 0, 0, 32], np.int32)
-                _, scores = native.select(np.ascontiguousarray(keys[0][head, span]), positions, rope, 16, budgets.keep_counts, counts)
+                counts = budgets.configs[row] if row >= 0 else np.array([0, 0, 0, 0, 0, 32], np.int32)
+                _, scores = native.select(np.ascontiguousarray(keys[0][head, span]), positions, rope, 16, budgets.keep_counts, counts,
+                                          budgets.metric, probe=budgets.probe[0, head])  # fmt: skip
                 kept.append(kept_of(order_group(scores, 16), budgets.keep_counts, counts))
             # a query at index 1600 would see groups compacted after 1600 tokens
             expected = visible(layout, 1600, kept)[:-1]

@@ -60,7 +60,7 @@ U32, I32, BOOL, STR, F32, ARRAY = (GGUFValueType[name] for name in ("UINT32", "I
         ("tca.probe", ([0.5], ARRAY, F32)),
         ("tca.probe", ([0.5] * 90, ARRAY, F32)),  # one entry for each of the 30 x 3 heads, whose keys have 64
         ("tca.metric", (1.0, F32)),
-        ("tca.keep_counts", ([1, 2, 4, 8, 17], ARRAY, I32)),
+        ("tca.keep_counts", ([0, 1, 2, 4, 8, 17], ARRAY, I32)),
         ("tca.configs", ([4, 0, 0, 0, 1], ARRAY, I32)),
         ("tca.head_config", ([0, 1], ARRAY, I32)),
         ("tca.enabled", (1, U32)),

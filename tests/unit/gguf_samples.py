@@ -13,15 +13,22 @@ N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 3, 4, 2, 8
 
 
 def make_budgets(seed: int = 0, n_layer: int = N_LAYER, n_head_kv: int = N_HEAD_KV, calibrated: bool = True, metric: str = "key-diff") -> Budgets:
+    """metric "key-probe": with a probe and, as calibration makes them by default, with blocks that keep nothing, in the first head all of them."""
     rng = np.random.default_rng(seed)
+    keep_counts: tuple[int, ...] = (1, 2, 4, 8, 16)
     configs = np.array([[32, 0, 0, 0, 0], [16, 8, 4, 2, 2], [0, 8, 8, 8, 8], [0, 0, 0, 0, 32]], np.int32)
+    if metric == "key-probe":
+        keep_counts = (0, *keep_counts)
+        configs = np.array([[32, 0, 0, 0, 0, 0], [20, 4, 3, 2, 2, 1], [0, 0, 8, 8, 8, 8]], np.int32)
     head_config = rng.integers(-1, len(configs), (n_layer, n_head_kv), dtype=np.int32)
+    if metric == "key-probe":
+        head_config[0, 0] = 0
     errors = rng.random((n_layer, n_head_kv)).astype(np.float32)
     calibration = Calibration(6000, "ab" * 32, float(np.float32(0.39)), seed, errors, 4 * errors) if calibrated else None
-    budgets = Budgets(1, 16, 512, 496, 16, "key-diff", (1, 2, 4, 8, 16), configs, head_config, 0.0, True, calibration)
+    budgets = Budgets(1, 16, 512, 496, 16, "key-diff", keep_counts, configs, head_config, 0.0, True, calibration)
     kept = float(np.float32(budgets.head_kept_fraction().mean()))
     probe = rng.standard_normal((n_layer, n_head_kv, HEAD_DIM)).astype(np.float32) if metric == "key-probe" else None
-    return Budgets(1, 16, 512, 496, 16, metric, (1, 2, 4, 8, 16), configs, head_config, kept, True, calibration, probe)
+    return Budgets(1, 16, 512, 496, 16, metric, keep_counts, configs, head_config, kept, True, calibration, probe)
 
 
 def same_budgets(a: Budgets, b: Budgets) -> bool:

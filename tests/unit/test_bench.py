@@ -124,9 +124,10 @@ def test_groups():
 
 @pytest.mark.parametrize("keep", [0.1, 0.25, 0.39, 0.9, None])
 def test_uniform_budgets_are_valid_and_keep_what_was_asked_for(keep):
-    for like in (None, make_budgets(n_layer=2, n_head_kv=2)):
+    for like in (None, make_budgets(n_layer=2, n_head_kv=2), make_budgets(n_layer=2, n_head_kv=2, metric="key-probe")):
         budgets = cases.uniform(SHAPE, keep, like)
         budgets.check()
+        assert budgets.metric == (like.metric if like else "key-diff") and budgets.keep_counts == (1, 2, 4, 8, 16)
         assert budgets.head_config.shape == (2, 2) and (keep is not None or (budgets.head_config == -1).all())
         assert budgets.head_kept_fraction().mean() == pytest.approx(1 if keep is None else keep, abs=0.03)
         assert budgets.kept_fraction == pytest.approx(budgets.head_kept_fraction().mean())

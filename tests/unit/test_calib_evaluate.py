@@ -61,7 +61,7 @@ def test_equals_the_definition(seed, softcap, sharp):
     assert got.error[:, :, :2].max() < 1e-6  # nothing is evicted yet
 
 
-@pytest.mark.parametrize("keep", [(1, 2), (0, 4), (0, 1, 3)])
+@pytest.mark.parametrize("keep", [(1, 2), (0, 4), (0, 1, 3), (0, 1, 2, 4)])
 def test_other_keep_counts(keep):
     q, k, v = example(7)
     queries = np.array([40, 70, 89])
@@ -122,7 +122,7 @@ def test_what_the_layer_loses():
     queries, configs = np.array([50, 70, 89]), config_grid(LAYOUT.n_blocks, KEEP)
     t = ErrorTable(("prose",), LAYOUT, KEEP, configs, 1, 2, lambda layer, n_head, size: grams)
     rank = lambda head, group: order_group(importance(k[head, group].astype(np.float64)).astype(np.float32), 4)  # noqa: E731
-    t.add_layer(0, q, k, v, 0, queries, np.zeros(3, int), 0.35, 0.0, rank)
+    t.add_layer(0, q[:, queries], k, v, queries, np.zeros(3, int), 0.35, 0.0, rank)
 
     lost, added = np.zeros((2, len(configs))), 0.0
     for h in range(2):
@@ -159,17 +159,17 @@ def table(layout=LAYOUT, n_layer=1, n_head_kv=2):
 
 
 def run_table(q, k, v, queries, kinds, step):
-    """Feeds a text in micro-batches of ``step`` tokens, as the capture does."""
+    """Feeds the queries in parts, those of ``step`` tokens of text at a time, with no key behind them."""
     t, n = table(), q.shape[1]
     rank = lambda head, group: order_group(importance(k[head, group].astype(np.float64)).astype(np.float32), 4)  # noqa: E731
     for start in range(0, n, step):
         end = min(n, start + step)
         mine = (queries >= start) & (queries < end)
-        t.add_layer(0, q[:, start:end], k[:, :end], v[:, :end], start, queries[mine], kinds[mine], 0.35, 0.0, rank)
+        t.add_layer(0, q[:, queries[mine]], k[:, :end], v[:, :end], queries[mine], kinds[mine], 0.35, 0.0, rank)
     return t
 
 
-def test_micro_batches_do_not_matter():
+def test_parts_do_not_matter():
     rng = np.random.default_rng(3)
     q = rng.standard_normal((4, 90, 8)).astype(np.float32)
     k, v = rng.standard_normal((2, 90, 8)).astype(np.float32), rng.standard_normal((2, 90, 6)).astype(np.float32)
@@ -187,5 +187,5 @@ def test_micro_batches_do_not_matter():
 def test_no_queries_is_no_error():
     t = table()
     empty = np.zeros(0, np.int64)
-    t.add_layer(0, np.zeros((4, 9, 8), np.float32), None, None, 0, empty, empty, 1.0, 0.0, None)
+    t.add_layer(0, np.zeros((4, 0, 8), np.float32), None, None, empty, empty, 1.0, 0.0, None)
     assert t.mean_error().max() == 0.0

@@ -10,17 +10,17 @@ import pytest
 from reference_select import importance
 
 from tca_gguf.budgets import SLIDING
-from tca_gguf.calib.capture import run_capture, run_probe_fit
-from tca_gguf.calib.configs import config_grid, kept_per_group
+from tca_gguf.calib.capture import run_capture
+from tca_gguf.calib.configs import calibrated_keep_counts, config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
-from tca_gguf.calib.pipeline import COSTS, Measurement, choose_budgets, measure, part_of
+from tca_gguf.calib.pipeline import COSTS, Measurement, choose_budgets, measure
 from tca_gguf.calib.probe import ProbeFit
-from tca_gguf.calib.stream import Layout
+from tca_gguf.calib.stream import Layout, order_group
 from tca_gguf.calib.texts import KINDS, CalibrationText
 from tca_gguf.errors import TcaError
 
 LAYOUT = Layout(block_size=4, group_size=16, window=12, sinks=4)
-KEEP = (1, 2, 4)
+KEEP = calibrated_keep_counts(4)
 N_LAYER, N_HEAD, N_HEAD_KV, DIM = 3, 4, 2, 8
 SLIDING_LAYERS = ()
 
@@ -156,13 +156,17 @@ class FakeSession:
                 raise TcaError("llama_decode failed") from None
 
 
+def scores_of(keys, probe):
+    return importance(keys.astype(np.float64)).astype(np.float32) if probe is None else keys @ probe
+
+
 @pytest.fixture
 def fake_native(monkeypatch):
     native = types.ModuleType("tca_gguf.native")
     native.Capture = lambda fn: SimpleNamespace(callback=fn, error=None)
     native.context_rope = lambda address, layer: None
     native.layer_slides = lambda address, layer: layer in SLIDING_LAYERS
-    native.select = lambda keys, positions, rope, *_, **__: (None, importance(keys.astype(np.float64)).astype(np.float32))
+    native.select = lambda keys, positions, rope, *_, probe=None, **__: (None, scores_of(keys, probe))
     import tca_gguf
 
     monkeypatch.setitem(sys.modules, "tca_gguf.native", native)
@@ -201,14 +205,40 @@ def test_layers_that_slide_get_no_budget(fake_native, monkeypatch):
         assert (budgets.calibration.errors[[0, 2, 3]] == 0).all()
 
 
-def test_the_probe_is_fitted_layer_by_layer(fake_native):
-    fit = ProbeFit(LAYOUT, len(KINDS), N_LAYER, N_HEAD_KV, len(TEXT.tokens), TEXT.queries, TEXT.kinds)
-    seen = []
-    probe = run_probe_fit(FakeSession, fit, N_LAYER, TEXT, part_of(lambda *args: seen.append(args), 0, 2))
-    assert probe.shape == (N_LAYER, N_HEAD_KV, DIM) and probe.dtype == np.float32
+def probe_fit():
+    return ProbeFit(LAYOUT, len(KINDS), N_LAYER, N_HEAD_KV, len(TEXT.tokens), FIT_QUERIES, FIT_KINDS)
+
+
+FIT_QUERIES = np.arange(33, 75)
+FIT_KINDS = np.arange(42) % 2
+
+
+def test_errors_are_those_of_the_probe_that_the_same_pass_fits(fake_native):
+    table, fit, seen = new_table(), probe_fit(), []
+    run_capture(FakeSession, table, TEXT, "key-probe", lambda *args: seen.append(args), fit)
+    assert fit.probe.shape == (N_LAYER, N_HEAD_KV, DIM) and fit.probe.dtype == np.float32 and np.abs(fit.probe).max(axis=2).min() > 0
+    assert seen[-1][:2] == (N_LAYER * 4, N_LAYER * 4)  # one pass
+
+    expected, again, n = new_table(), probe_fit(), len(TEXT.tokens)
+    session = FakeSession(None)
     for layer in range(N_LAYER):
-        assert (np.abs(probe[layer]).max() > 0) == (layer not in SLIDING_LAYERS)
-    assert seen[-1][:2] == (len(seen), 2 * len(seen))  # the first of two passes
+        q, k, v = session.q[layer], session.k[layer, :, :n], session.v[layer, :, :n]
+        again.add_layer(layer, q[:, FIT_QUERIES], k, v, FIT_QUERIES, FIT_KINDS, 0.35, 0.0)
+        probe = again.solve_layer(layer, k, None)
+        order = lambda head, group, k=k, probe=probe: order_group(k[head, group] @ probe[head], LAYOUT.block_size)  # noqa: E731
+        expected.add_layer(layer, q[:, TEXT.queries], k, v, TEXT.queries, TEXT.kinds, 0.35, 0.0, order)
+    np.testing.assert_allclose(fit.probe, again.probe, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(table.mean_error(), expected.mean_error(), atol=1e-5)
+    other = new_table()
+    run_capture(FakeSession, other, TEXT, "key-diff")
+    assert np.abs(table.mean_error() - other.mean_error()).max() > 0.01  # another metric would be seen
+
+
+def test_layers_that_slide_have_no_probe(fake_native, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SLIDING_LAYERS", (1,))
+    fit = probe_fit()
+    run_capture(FakeSession, new_table(), TEXT, "key-probe", fit=fit)
+    assert (np.abs(fit.probe).max(axis=(1, 2)) > 0).tolist() == [True, False, True]
 
 
 def test_errors_in_the_callback_come_back_as_they_are(fake_native):

@@ -46,7 +46,7 @@ def test_what_tokens_add_is_the_definition(step, softcap):
     for start in range(0, N, step):
         end = min(N, start + step)
         mine = (QUERIES >= start) & (QUERIES < end)
-        fit.add_layer(0, q[:, start:end], k[:, :end], v[:, :end], start, QUERIES[mine], KINDS[mine], SCALE, softcap)
+        fit.add_layer(0, q[:, QUERIES[mine]], k[:, :end], v[:, :end], QUERIES[mine], KINDS[mine], SCALE, softcap)
     for kind in (0, 1):
         for head in (0, 1):
             np.testing.assert_allclose(fit.added[kind, 0, head], added_by_definition(q, k, v, kind, head, softcap), rtol=1e-4, atol=1e-6)
@@ -58,7 +58,7 @@ def test_groups_that_few_queries_see_are_left_out():
     # 58 queries see the first group compacted, 42 the second; fewer than MIN_QUERIES the third and fourth
     assert fit.kinds == [0] and fit.seen[:, 0].tolist() == [58, 42, 26, 10] and fit.n_groups == 2
     with pytest.raises(TcaError, match="longer calibration text"):
-        ProbeFit(LAYOUT, 2, 1, 2, N, np.array([5]), np.array([0])).solve_layer(0, np.zeros((2, N, DK)), None, 1)
+        ProbeFit(LAYOUT, 2, 1, 2, N, np.array([5]), np.array([0])).solve_layer(0, np.zeros((2, N, DK)), None)
 
 
 def test_it_finds_the_direction_that_attention_follows():
@@ -73,9 +73,9 @@ def test_it_finds_the_direction_that_attention_follows():
     q = (4 * direction / np.linalg.norm(direction) + 0.3 * rng.standard_normal((2, n, DK))).astype(np.float32)
     queries = np.arange(128, n, 3)
     fit = ProbeFit(layout, 2, 1, 1, n, queries, np.zeros(len(queries), int))
-    fit.add_layer(0, q, k, v, 0, queries, np.zeros(len(queries), int), SCALE, 0.0)
-    fit.solve_layer(0, k, rope, 1)
-    probe = fit.probe[0, 0]
+    fit.add_layer(0, q[:, queries], k, v, queries, np.zeros(len(queries), int), SCALE, 0.0)
+    (probe,) = fit.solve_layer(0, k, rope)
+    assert (fit.probe[0, 0] == probe).all()
     assert probe @ direction / np.linalg.norm(probe) / np.linalg.norm(direction) > 0.95
 
 

@@ -5,7 +5,7 @@ import pytest
 from reference_select import importance, select, unrotate
 
 from tca_gguf import native
-from tca_gguf.calib.configs import config_grid
+from tca_gguf.calib.configs import calibrated_keep_counts, config_grid, kept_per_group
 from tca_gguf.calib.stream import kept_tokens, order_group
 from tca_gguf.errors import TcaError
 
@@ -40,7 +40,7 @@ def random_case(seed):
         keys = keys[rng.integers(0, max(1, n // 3), n)]
     first = int(rng.integers(0, 100_000))
     positions = np.arange(first, first + n, dtype=np.int32)
-    keep = [k for k in (1, 2, 4, 8, 16, 32) if k <= block]
+    keep = calibrated_keep_counts(block)[int(rng.integers(2)) :]  # blocks that may keep nothing, or keep one at least
     cuts = np.sort(rng.integers(0, n_blocks + 1, len(keep) - 1))
     counts = np.diff(np.concatenate([[0], cuts, [n_blocks]])).astype(np.int32)
     return keys, positions, name, rope, block, keep, counts
@@ -65,7 +65,9 @@ def test_native_selection_is_the_reference(impl):
 
 def test_calibration_keeps_what_the_runtime_keeps():
     """order_group on the native scores gives the native kept set for every configuration of the family."""
-    configs, keep = config_grid(), (1, 2, 4, 8, 16)
+    keep = calibrated_keep_counts(16)
+    configs = config_grid(32, keep)
+    assert kept_per_group(configs, keep)[0] == 0  # a head may keep nothing of a group
     rope = rope_of("neox", 64, base=1e6)
     for seed in range(10):
         rng = np.random.default_rng(seed)

@@ -227,6 +227,7 @@ def test_embed_elsewhere_and_dry_run(plain, calibrated, tmp_path):
     assert calibrated[1]["texts"] == ["Some prose.", "Some prose."] and calibrated[1]["tokens"] == 99
     assert run("embed-budgets", plain, "--dry-run", "--max-error", "0.1").exit_code == 0
     assert calibrated[2]["keep"] is None and calibrated[2]["max_error"] == 0.1
+    assert [call["metric"] for call in calibrated] == ["key-probe"] * 3
     assert Path(plain).read_bytes() == original
     assert same_budgets(gguf_file.read_budgets(target), make_budgets(5))
     result = run("strip-budgets", str(target), "-o", str(tmp_path / "stripped.gguf"), "--json")
@@ -249,6 +250,16 @@ def test_inspect_json_shape(embedded):
     for n_ctx, kv in info["kv_bytes"].items():
         assert kv["dense"] == int(n_ctx) * N_LAYER * N_HEAD_KV * (8 + 8) * 2
         assert 0 < kv["tca"]
+
+
+def test_inspect_heads_that_keep_nothing(tmp_path):
+    path, budgets = write_gguf(tmp_path / "m.gguf"), make_budgets(4, metric="key-probe")
+    gguf_file.embed_budgets(path, path, budgets)
+    info = json.loads(run("inspect", str(path), "--json").stdout)
+    fractions = [head["kept_fraction"] for head in info["heads"]]
+    assert info["metric"] == "key-probe" and fractions == budgets.head_kept_fraction().ravel().tolist() and min(fractions) == 0
+    shown = run("inspect", str(path))
+    assert shown.exit_code == 0 and "metric key-probe" in shown.stdout
 
 
 def test_inspect_without_calibration_has_null_errors(tmp_path):

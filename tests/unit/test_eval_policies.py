@@ -57,7 +57,7 @@ def test_every_policy_at_every_fraction_and_dense_once():
 
     made = make_policies(["calibrated", "calibrated:key-diff", "key-diff", "dense-q4_0"], (0.5, 0.25), "f16", SHAPE, None, calibrate)
     assert [p.name for p in made] == ["calibrated", "calibrated:key-diff", "key-diff"] * 2 + ["dense-q4_0"]
-    assert calls == [("key-diff", 0.5)] * 2 + [("key-diff", 0.25)] * 2
+    assert calls == [("key-probe", 0.5), ("key-diff", 0.5), ("key-probe", 0.25), ("key-diff", 0.25)]
 
 
 @pytest.mark.parametrize("keep", [0.15, 0.25, 0.39, 0.6])

@@ -87,11 +87,13 @@ def test_key_types_are_those_of_the_format(tmp_path):
     }
 
 
-def test_a_probe_survives_and_fits_the_model(tmp_path):
+def test_a_probe_and_blocks_that_keep_nothing_survive(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     original = path.read_bytes()
     embed_budgets(path, path, make_budgets(4, metric="key-probe"))
-    assert same_budgets(read_budgets(path), make_budgets(4, metric="key-probe"))
+    found = read_budgets(path)
+    assert same_budgets(found, make_budgets(4, metric="key-probe"))
+    assert found.keep_counts[0] == 0 and found.head_kept_fraction().min() == 0  # a head may keep nothing of a group
     assert strip_budgets(path, path) and path.read_bytes() == original
 
 

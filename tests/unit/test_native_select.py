@@ -89,7 +89,7 @@ def test_every_metric_has_a_reference() -> None:
     assert set(native.metrics()) == set(reference_select.METRICS) | with_queries
     # native/tests/test-store.cpp and tests/integration/test_runtime_eviction.py compare these
     assert with_queries == {"observed-attn", "key-diff+observed"} and not native.needs_queries("nothing")
-    assert native.metrics()[0] == "key-diff"  # the default stands first in messages
+    assert native.metrics()[0] == "key-diff"  # the default of `select`, which needs neither probe nor queries
 
 
 @pytest.mark.parametrize(("metric", "seeds"), [

@@ -22,7 +22,7 @@ from tca_gguf.calib.texts import spread
 from tca_gguf.errors import TcaError
 
 from ..lab import Lab
-from ..policies import DEFAULT_METRIC, DENSE, Policy, layout_of, uniform_budgets
+from ..policies import DENSE, UNIFORM_METRIC, Policy, layout_of, uniform_budgets
 from ..stats import mean_interval
 from ..texts import plain_tokens
 from .base import Row
@@ -157,5 +157,5 @@ class Kld:
 
     def uniform(self, lab: Lab, policy: Policy) -> Policy:
         assert policy.budgets is not None
-        budgets = uniform_budgets(lab.shape, DEFAULT_METRIC, policy.keep, layout_of(policy.budgets), lab.full)
-        return Policy(DEFAULT_METRIC, policy.kv_type, budgets)
+        budgets = uniform_budgets(lab.shape, UNIFORM_METRIC, policy.keep, layout_of(policy.budgets), lab.full)
+        return Policy(UNIFORM_METRIC, policy.kv_type, budgets)
