@@ -10,6 +10,7 @@ import pytest
 from reference_select import importance
 
 from tca_gguf.budgets import SLIDING
+from tca_gguf.calib import pipeline
 from tca_gguf.calib.capture import run_capture
 from tca_gguf.calib.configs import calibrated_keep_counts, config_grid, kept_per_group
 from tca_gguf.calib.evaluate import ErrorTable
@@ -133,8 +134,8 @@ class FakeSession:
     def __init__(self, capture, n_kv_error=0, skip_layer=-1):
         self.capture, self.n_kv_error, self.skip_layer, self.n = capture, n_kv_error, skip_layer, 0
         rng = np.random.default_rng(5)
-        self.q = rng.standard_normal((N_LAYER, N_HEAD, 80, DIM)).astype(np.float32)
-        self.k, self.v = rng.standard_normal((2, N_LAYER, N_HEAD_KV, 80, DIM)).astype(np.float32)
+        self.q = rng.standard_normal((N_LAYER, N_HEAD, 400, DIM)).astype(np.float32)
+        self.k, self.v = rng.standard_normal((2, N_LAYER, N_HEAD_KV, 400, DIM)).astype(np.float32)
 
     def __enter__(self):
         return self
@@ -165,6 +166,7 @@ def fake_native(monkeypatch):
     native = types.ModuleType("tca_gguf.native")
     native.Capture = lambda fn: SimpleNamespace(callback=fn, error=None)
     native.context_rope = lambda address, layer: None
+    native.needs_queries = lambda metric: False
     native.layer_slides = lambda address, layer: layer in SLIDING_LAYERS
     native.select = lambda keys, positions, rope, *_, probe=None, **__: (None, scores_of(keys, probe))
     import tca_gguf
@@ -239,6 +241,41 @@ def test_layers_that_slide_have_no_probe(fake_native, monkeypatch):
     fit = probe_fit()
     run_capture(FakeSession, new_table(), TEXT, "key-probe", fit=fit)
     assert (np.abs(fit.probe).max(axis=(1, 2)) > 0).tolist() == [True, False, True]
+
+
+class FakeModel:
+    """A token a word."""
+
+    n_ctx_train, n_layer, n_head_kv, path = 400, N_LAYER, N_HEAD_KV, "m.gguf"
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def tokenize(self, text, first=False):
+        return list(range(len(text.split())))
+
+
+@pytest.mark.parametrize(("options", "metric", "keep_counts"), [
+    ({}, "key-probe", (0, 1, 2, 4)),
+    ({"metric": "key-diff"}, "key-diff", (0, 1, 2, 4)),
+    ({"metric": "key-diff", "keep_counts": (1, 4)}, "key-diff", (1, 4)),
+    ({"layout": Layout(block_size=8, group_size=16, window=12, sinks=4)}, "key-probe", (0, 1, 2, 4, 8)),
+])  # fmt: skip
+def test_what_is_measured_by_default(fake_native, monkeypatch, options, metric, keep_counts):
+    monkeypatch.setattr(pipeline, "Model", FakeModel)
+    monkeypatch.setattr(pipeline, "Session", lambda *_, capture, **__: FakeSession(capture))
+    m = measure("m.gguf", cost="head", **{"layout": LAYOUT, **options})
+    assert (m.metric, m.keep_counts, m.probe is not None) == (metric, keep_counts, metric == "key-probe")
+    assert m.configs.shape[1] == len(keep_counts) and m.error.max() > 0
+    budgets = choose_budgets(m, cost="head")
+    assert (budgets.metric, budgets.keep_counts, budgets.probe is m.probe) == (metric, keep_counts, True)
+    assert pipeline.DEFAULT_KEEP - 0.1 < budgets.kept_fraction <= pipeline.DEFAULT_KEEP and budgets.calibration.target == pipeline.DEFAULT_KEEP
 
 
 def test_errors_in_the_callback_come_back_as_they_are(fake_native):
