@@ -26,7 +26,7 @@ from .texts import KINDS, CalibrationText, compose, shortest_text
 if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets
 
-DEFAULT_KEEP = 0.39
+DEFAULT_KEEP = 0.25
 DEFAULT_METRIC = PROBE_METRIC
 DEFAULT_TOKENS = 6144
 # Tokens of a micro-batch: what the pass needs beside model and cache grows with it (docs/calibration.md, "Memory").

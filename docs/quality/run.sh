@@ -8,7 +8,7 @@
 #   facts facts-long kl kl-policies tasks policies turns reasoning quantized code records french
 # french needs TCA_TEXT, a UTF-8 file of another language than English. Environment: TCA_GGUF (default tca-gguf) says how to
 # start it; EVAL_OPTIONS are options for every evaluation, such as "--gpu-layers -1"; LENGTHS (default 4096,8192) of the parts
-# that have no other; BUDGETS (default OUT/budgets), a folder with calibrated-0.39.gguf, -0.25 and -0.15: made if they are missing.
+# that have no other; TASKS (default all five) of the part tasks; BUDGETS (default OUT/budgets), a folder with calibrated-0.39.gguf, -0.25 and -0.15: made if they are missing.
 # On an H100 facts took 75 s, facts-long 60 s and the text parts 60 s each, run one or two at a time: more at once are slower.
 set -euo pipefail
 if [ $# -lt 1 ]; then
@@ -59,12 +59,13 @@ part() {  # name, arguments of eval
 
 for name in $parts; do
     case $name in
-    facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each calibrated key-diff),$stock" ;;
-    facts-long) part facts-long --suite needle,needle-multikey --lengths 16384,32768 --policy "$(at 0.39 calibrated key-diff),$(at 0.25 calibrated key-diff)" ;;
+    facts)      part facts      --suite needle,needle-multikey --lengths "$lengths" --samples 128 --policy "$(at_each calibrated key-diff),$stock" ;;
+    facts-long) part facts-long --suite needle,needle-multikey --lengths "${LENGTHS:-16384,32768}" --samples 128 \
+                    --policy "$(at 0.39 calibrated key-diff),$(at 0.25 calibrated key-diff),dense-q8_0" ;;
     kl)         part kl         --suite kld --lengths 4096,8192,12288,16384 --policy "$(at_each calibrated key-diff),$stock" ;;
     kl-policies) part kl-policies --suite kld --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
     policies)   part policies   --suite needle,needle-multikey --lengths "$lengths" --policy "$(at_each "${baselines[@]}")" ;;
-    tasks)      part tasks      --suite needle-multivalue,needle-multiquery,variables,common-words,frequent-words --lengths "$lengths" \
+    tasks)      part tasks      --suite "${TASKS:-needle-multivalue,needle-multiquery,variables,common-words,frequent-words}" --lengths "$lengths" \
                     --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;
     turns)      part turns      --suite turns --lengths 4096 \
                     --policy "$(at 0.39 calibrated "${baselines[@]}"),$(at 0.25 calibrated "${baselines[@]}"),$stock" ;;

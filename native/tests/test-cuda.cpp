@@ -74,7 +74,7 @@ struct op_data {
     std::vector<int32_t> desc, pos;
     std::vector<float>   q, k_cur, v_cur;
     std::vector<uint8_t> k, v;
-    std::vector<int32_t> keep_counts = { 1, 2, 4, 8, 16 }, configs;
+    std::vector<int32_t> keep_counts = { 0, 1, 2, 4, 8, 16 }, configs;
     std::vector<float>   freqs, probe;
     tca_select_params    select = {};
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tca_gguf.atomic import check_target, replace_file
+from tca_gguf.atomic import check_target
 from tca_gguf.errors import TcaError
 from tca_gguf.eval.lab import Settings
 from tca_gguf.loading import KV_TYPES
@@ -145,9 +144,9 @@ def eval_command(
     if raw is not None:
         check_target(raw, 0)
     with progress_bar() as advance:
-        result = run(model, settings, advance, verbose=verbose, on_row=lambda so_far: save(so_far, raw) if raw is not None else None)
+        result = run(model, settings, advance, verbose=verbose, on_row=lambda so_far: so_far.save(raw) if raw is not None else None)
     if raw is not None:
-        save(result, raw)  # with what went wrong last
+        result.save(raw)  # with what went wrong last
     if picture is not None:
         plot(result, picture)
     if as_json:
@@ -160,12 +159,6 @@ def eval_command(
         raise KeyboardInterrupt
     if result.errors:
         raise TcaError("not everything could be measured: " + "; ".join(result.errors))
-
-
-def save(result: Result, path: Path) -> None:
-    """At every moment the old or the new text is there: a run that is killed leaves the rows it had."""
-    text = json.dumps(result.as_json(), ensure_ascii=False).encode()
-    replace_file(path, len(text), lambda file, _: file.write(text))
 
 
 def show(console: Console, model: Path, result: Result) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tca_gguf import calib, gguf_file, logs, native
+from tca_gguf.atomic import replace_file
 from tca_gguf.bench import hardware
 from tca_gguf.budgets import Budgets
 from tca_gguf.calib.runtime import Model, Session
@@ -39,6 +41,22 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         return {"hardware": self.hardware, "rows": self.rows, "settings": self.settings, "answers": self.answers, "errors": self.errors}
+
+    def save(self, path: Path) -> None:
+        """At every moment the old or the new text is there: a run that is killed leaves the rows it had."""
+        text = json.dumps(self.as_json(), ensure_ascii=False).encode()
+        replace_file(path, len(text), lambda file, _: file.write(text))
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """What `save` wrote. Raises TcaError."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(raw["hardware"], raw["settings"], raw["rows"], raw["answers"], raw.get("errors", []))
+        except OSError as error:
+            raise TcaError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise TcaError(f"{path} is not what eval --save writes") from None
 
 
 def run(
