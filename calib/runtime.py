@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tca_gguf.errors import TcaError
+from tca_gguf.loading import default_threads
 
 if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets
-
-
-def default_threads() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
 
 
 def _address(pointer: Any) -> int:
