@@ -6,8 +6,8 @@
 # MODEL: a GGUF of Qwen2.5-Coder-0.5B-Instruct with budgets at 0.39 (embed-budgets --keep 0.39), SMALL_MODEL: SmolLM2-135M-Instruct, likewise.
 # OUT (default docs/performance) gets a JSON a part, the plot and the tables. A part whose JSON is there is skipped, so an
 # interrupted run goes on where it stopped; remove a JSON to measure its part again. PART: only these, of
-#   short 16k budgets 32k-off 32k-on smollm2 dim128 default
-# default needs DEFAULT_MODEL: the first model with the budgets of a plain embed-budgets (0.25). Run nothing else on the machine
+#   short 16k budgets 32k-off 32k-on smollm2 dim128 default default-32k
+# The last two need DEFAULT_MODEL: the first model with the budgets of a plain embed-budgets (0.25). Run nothing else on the machine
 # meanwhile. TCA_GGUF (default tca-gguf) and PYTHON (default python3) say how to start them.
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -16,7 +16,7 @@ if [ $# -lt 2 ]; then
 fi
 model=$1 small=$2 out=${3:-$(dirname "$0")}
 shift 2; [ $# -gt 0 ] && shift
-parts=${*:-short 16k budgets 32k-off 32k-on smollm2 dim128${DEFAULT_MODEL:+ default}}
+parts=${*:-short 16k budgets 32k-off 32k-on smollm2 dim128${DEFAULT_MODEL:+ default default-32k}}
 here=$(cd "$(dirname "$0")/../.." && pwd)
 tca=${TCA_GGUF:-tca-gguf} python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -40,6 +40,7 @@ for name in $parts; do
     16k)      part 16k "$model" --depths 4K,8K,16K --tests prefill,decode,whole --kv-type f16,q8_0 --dense-kv f16 ;;
     budgets)  part budgets "$model" --depths 16K --tests prefill,decode,whole --budgets dense,0.25 --repeat 2 ;;
     default)  part default "${DEFAULT_MODEL:?error: part default needs DEFAULT_MODEL}" --depths 16K --tests prefill,decode,whole --kv-type f16,q8_0 --dense-kv f16 ;;
+    default-32k) part default-32k "${DEFAULT_MODEL:?error: part default-32k needs DEFAULT_MODEL}" --depths 32K --tests decode,whole --fa off ;;
     32k-off)  part 32k-off "$model" --depths 16K,32K --tests decode,whole --fa off --budgets file,0.25 ;;
     32k-on)   part 32k-on "$model" --depths 16K,32K --tests decode,whole --fa on ;;
     smollm2)  part smollm2 "$small" --depths 512,2K,7680 --tests prefill,decode,whole --budgets file,0.25 ;;
@@ -53,7 +54,7 @@ for name in $parts; do
 done
 
 results=()
-for name in short 16k budgets 32k-off 32k-on smollm2 dim128 default; do
+for name in short 16k budgets 32k-off 32k-on smollm2 dim128 default default-32k; do
     [ -e "$out/$name.json" ] && results+=("$out/$name.json")
 done
 "$python" -m tca_gguf.bench.tables "${results[@]}" > "$out/tables.md"
