@@ -14,7 +14,7 @@
 constexpr int WARPS = DECODE_WARPS;
 constexpr int TILE  = 16;  // slots
 
-template <ggml_type type>        constexpr int block_bytes = type == GGML_TYPE_Q8_0 ? 34 : 18;
+template <ggml_type type>        constexpr int block_bytes = type == GGML_TYPE_Q8_0 ? sizeof(block_q8_0) : sizeof(block_q4_0);
 template <ggml_type type, int D> constexpr int row_bytes   = D/32*block_bytes<type>;
 
 // A warp's ring: steps, each with a tile of V and the next of K, q8_0 at most, and room to align the starts down to 16 bytes.
@@ -32,9 +32,8 @@ static __device__ __forceinline__ void mma_bytes(int * c, const uint32_t * a, co
 }
 
 static __device__ __forceinline__ void mma_halfs(float * c, const half2 * a, const half2 * b) {
-    const uint32_t * x = (const uint32_t *) a, * y = (const uint32_t *) b;
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+    const uint32_t * y = (const uint32_t *) b;
+    tca_mma(c, (const uint32_t *) a, y[0], y[1]);
 }
 
 // 8x8 matrix of f16, two elements a lane

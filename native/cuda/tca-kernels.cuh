@@ -171,6 +171,12 @@ static __device__ __forceinline__ uint4 tca_load8_f16(const char * row, int i) {
     return out;
 }
 
+// c += a*b in f32, a and b f16, two an entry: c [16, 8], a [16, 16] row-major, b [16, 8] column-major
+static __device__ __forceinline__ void tca_mma(float * c, const uint32_t * a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 static __device__ __forceinline__ uint32_t tca_smem(const void * p) {
     return (uint32_t) __cvta_generic_to_shared(p);
 }

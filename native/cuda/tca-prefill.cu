@@ -9,12 +9,6 @@ constexpr int TILE_ROWS = 16*WARPS;
 template <int D> constexpr int tile_keys = D <= 128 ? 64 : 32;
 template <int D> constexpr int pitch     = D + 8;  // halfs a row of a tile: rows start 4 banks apart
 
-// c += a*b, c [16, 8], a [16, 16] row-major, b [16, 8] column-major
-static __device__ __forceinline__ void mma(float * c, const uint32_t * a, uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 static __device__ __forceinline__ void ldmatrix(uint32_t * r, uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -126,8 +120,8 @@ static __device__ void attend(const tca_store & s, const tca_queries & a, const 
             for (int n = 0; n < KEYS/8; n += 2) {
                 uint32_t b[4];
                 ldmatrix(b, k_base + (n*8*pitch<D> + 16*k)*2);
-                mma(c[n],     q[k], b[0], b[1]);
-                mma(c[n + 1], q[k], b[2], b[3]);
+                tca_mma(c[n],     q[k], b[0], b[1]);
+                tca_mma(c[n + 1], q[k], b[2], b[3]);
             }
         }
 
@@ -190,8 +184,8 @@ static __device__ void attend(const tca_store & s, const tca_queries & a, const 
             for (int n = 0; n < D/8; n += 2) {
                 uint32_t b[4];
                 ldmatrix_transposed(b, v_base + (16*k*pitch<D> + 8*n)*2);
-                mma(o[n],     p, b[0], b[1]);
-                mma(o[n + 1], p, b[2], b[3]);
+                tca_mma(o[n],     p, b[0], b[1]);
+                tca_mma(o[n + 1], p, b[2], b[3]);
             }
         }
     }
