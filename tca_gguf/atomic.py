@@ -67,6 +67,12 @@ def replace_file(
         raise
 
 
+def replace_text(target: str | os.PathLike[str], text: str) -> None:
+    """`replace_file` with a text, as UTF-8: at every moment the old or the new one is there."""
+    data = text.encode()
+    replace_file(target, len(data), lambda file, _: file.write(data))
+
+
 def check_target(target: str | os.PathLike[str], size: int) -> os.stat_result | None:
     """What can be known before any work is done: TcaError if ``target`` cannot be replaced by ``size`` bytes.
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from tca_gguf.atomic import check_target, replace_file
+from tca_gguf.atomic import check_target, replace_text
 from tca_gguf.bench import TESTS, Result, Row, Settings, run
 from tca_gguf.bench.cases import DENSE, FILE, words
 from tca_gguf.bench.plot import plot
@@ -119,8 +119,7 @@ def conclusions(result: Result) -> list[str]:
 
 def save(result: Result, path: Path) -> None:
     """The raw result, atomically: a run that is killed later leaves the last finished depth."""
-    text = json.dumps(result.as_json(), indent=1).encode()
-    replace_file(path, len(text), lambda file, _: file.write(text))
+    replace_text(path, json.dumps(result.as_json(), indent=1))
 
 
 @click.command("bench")

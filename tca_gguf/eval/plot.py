@@ -43,6 +43,11 @@ def series_of(policy: str) -> str:
     return re.sub(r"-0\.\d+$", "", policy)
 
 
+def name_of(policy: str, keep: float) -> str:
+    """The policy, with its kept fraction where the name does not tell."""
+    return policy if series_of(policy) != policy or policy.startswith("dense") else f"{policy} {keep:.2f}"
+
+
 def plot(result: Result, path: Path) -> None:
     """Writes one panel a suite and length, and below them a heat map for each suite with depths, policy and kept fraction."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -111,8 +116,7 @@ def draw_maps(figure: Any, deep: list[dict[str, Any]], maps: list[tuple[str, str
         lengths = sorted({a["length"] for a in chosen})
         image = ax.imshow(depth_map(chosen, lengths), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
         suite, policy, keep = key
-        shown = policy if policy.startswith("dense") or series_of(policy) != policy else f"{policy} {keep:.2f}"
-        ax.set_title(f"{suite}\n{shown}", fontsize=7)
+        ax.set_title(f"{suite}\n{name_of(policy, keep)}", fontsize=7)
         ax.set_xticks(range(len(lengths)), [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths], fontsize=7)
         ax.set_yticks(range(0, DEPTHS, 2), [f"{100 * (row + 0.5) / DEPTHS:.0f}%" for row in range(0, DEPTHS, 2)], fontsize=7)
         if i % MAPS_PER_ROW == 0:

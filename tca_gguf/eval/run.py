@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tca_gguf import calib, gguf_file, logs, native
-from tca_gguf.atomic import replace_file
+from tca_gguf.atomic import replace_text
 from tca_gguf.bench import hardware
 from tca_gguf.budgets import Budgets
 from tca_gguf.calib.runtime import Model, Session
@@ -44,8 +44,7 @@ class Result:
 
     def save(self, path: Path) -> None:
         """At every moment the old or the new text is there: a run that is killed leaves the rows it had."""
-        text = json.dumps(self.as_json(), ensure_ascii=False).encode()
-        replace_file(path, len(text), lambda file, _: file.write(text))
+        replace_text(path, json.dumps(self.as_json(), ensure_ascii=False))
 
     @classmethod
     def read(cls, path: Path) -> Result:

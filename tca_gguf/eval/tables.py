@@ -14,7 +14,7 @@ import click
 from tca_gguf.bench.tables import table
 from tca_gguf.errors import TcaError
 
-from .plot import check_plot, plot, series_of
+from .plot import check_plot, name_of, plot, series_of
 from .run import Result
 
 Row = Mapping[str, Any]
@@ -39,9 +39,9 @@ def kept(row: Row) -> str:
 
 def full(rows: Sequence[Row]) -> list[str]:
     """One line a row: scores first, then divergences."""
-    scores = [[f"`{r['suite']}`", f"{r['length']:,}", name_of(r), f"{r['kv_bytes'] / r['kv_bytes_dense']:.1%}", f"{r['dense_correct']} of {r['answers']}",
+    scores = [[f"`{r['suite']}`", f"{r['length']:,}", name_of(r["policy"], r["keep"]), f"{r['kv_bytes'] / r['kv_bytes_dense']:.1%}", f"{r['dense_correct']} of {r['answers']}",
                str(r["tca_correct"]), kept(r) + span(r["kept_ci"])] for r in rows if "mean_kl" not in r]  # fmt: skip
-    divergences = [[f"{r['length']:,}", name_of(r), f"{r['kv_bytes'] / r['kv_bytes_dense']:.1%}",
+    divergences = [[f"{r['length']:,}", name_of(r["policy"], r["keep"]), f"{r['kv_bytes'] / r['kv_bytes_dense']:.1%}",
                     f"{r['mean_kl']:.4f} ({r['mean_kl_ci'][0]:.4f}-{r['mean_kl_ci'][1]:.4f})", of_uniform(r), f"{r['kl_99']:.3f}", f"{r['top1']:.1%}",
                     f"{r['ppl_tca']:.3f}, {r['ppl_dense']:.3f}"] for r in rows if "mean_kl" in r]  # fmt: skip
     return (table(["suite", "length", "policy", "KV bytes", "dense right", "right", "kept (95%)"], scores)
@@ -63,12 +63,6 @@ def pivot(rows: Sequence[Row]) -> list[str]:
             cells.append(" / ".join(f"{r['mean_kl']:.4f}" if "mean_kl" in r else f"{r['tca_correct']} ({kept(r)})" for r in mine))
         lines.append([policy, *cells])
     return table(head, lines)
-
-
-def name_of(row: Row) -> str:
-    """The policy, with its kept fraction where the name does not tell."""
-    name = row["policy"]
-    return name if series_of(name) != name or name.startswith("dense") else f"{name} {row['keep']:.2f}"
 
 
 def of_uniform(row: Row) -> str:

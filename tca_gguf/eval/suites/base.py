@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from tca_gguf.errors import TcaError
@@ -56,6 +56,23 @@ def score_row(suite: str, length: int, policy: Policy, samples: int, dense: Sequ
     }
 
 
+def score_rows(
+    lab: Lab, suite: str, length: int, answer: Callable[[Lab, int, Policy, Any], tuple[list[bool], dict[str, Any]]], tasks: Any,
+    n_ctx: int, n_text: int | None = None, samples: int | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """A row for every policy that can be measured, as soon as it is; the others are noted (`Lab.attempt`).
+
+    answer(lab, length, policy, tasks): scores of all answers in order, and more for the row. n_ctx, n_text: see `Policy.at`.
+    samples: None for as many as there are answers.
+    """
+    dense, _ = answer(lab, length, DENSE, tasks)
+    for policy in lab.policies:
+        with lab.attempt(f"{suite} {length} {policy.name}"):
+            policy = policy.at(n_ctx, n_text)
+            tca, more = answer(lab, length, policy, tasks)
+            yield score_row(suite, length, policy, len(dense) if samples is None else samples, dense, tca, **more)
+
+
 class TextSuite:
     """A text is evaluated once; then each question is asked on the cache as the text left it."""
 
@@ -85,13 +102,8 @@ class TextSuite:
     def run(self, lab: Lab, samples: int) -> Iterator[Row]:
         for length in lab.settings.lengths:
             documents = self.documents(lab, length, samples)
-            dense, _ = self.answer(lab, length, DENSE, documents)
             n_text = text_size(length, lab.layout).n_tokens
-            for policy in lab.policies:
-                with lab.attempt(f"{self.name} {length} {policy.name}"):
-                    policy = policy.at(length, n_text)
-                    tca, cache = self.answer(lab, length, policy, documents)
-                    yield score_row(self.name, length, policy, samples, dense, tca, **cache)
+            yield from score_rows(lab, self.name, length, self.answer, documents, length, n_text, samples)
 
     def answer(self, lab: Lab, length: int, policy: Policy, documents: Sequence[Document]) -> tuple[list[bool], dict[str, Any]]:
         """Scores of all answers in order, and the figures of the cache."""

@@ -18,8 +18,8 @@ from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
 
 from ..lab import GENERATED_COST, Lab
-from ..policies import DENSE, Policy
-from .base import Row, score_row
+from ..policies import Policy
+from .base import Row, score_rows
 
 SHOWN = 3  # lines that are given, for the form
 LINE = r"move (\d+): (-?\d+) ([+-]) (\d+) = (-?\d+)"
@@ -99,12 +99,7 @@ class Reasoning:
     def run(self, lab: Lab, samples: int) -> Iterator[Row]:
         for length in lab.settings.lengths:
             chains = self.chains(lab, length, samples)
-            dense, _ = self.work(lab, length, DENSE, chains)
-            for policy in lab.policies:
-                with lab.attempt(f"{self.name} {length} {policy.name}"):
-                    policy = policy.at(length)
-                    tca, more = self.work(lab, length, policy, chains)
-                    yield score_row(self.name, length, policy, samples, dense, tca, **more)
+            yield from score_rows(lab, self.name, length, self.work, chains, length, samples=samples)
 
     def work(self, lab: Lab, length: int, policy: Policy, chains: Sequence[Chain]) -> tuple[list[bool], dict[str, Any]]:
         started, scores = time.monotonic(), []

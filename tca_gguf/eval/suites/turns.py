@@ -21,10 +21,10 @@ from tca_gguf.calib.runtime import Session
 from tca_gguf.errors import TcaError
 
 from ..lab import GENERATED_COST, Lab
-from ..policies import DENSE, Policy
+from ..policies import Policy
 from ..questions import Question, is_complete, score
 from ..texts import ROOM, text_size, weave
-from .base import Row, score_row
+from .base import Row, score_rows
 from .needle import CITIES
 from .needle_multikey import FACTS, QUESTION, STATEMENT
 
@@ -71,12 +71,8 @@ class Turns:
     def run(self, lab: Lab, samples: int) -> Iterator[Row]:
         for length in lab.settings.lengths:
             talks = [self.talk(lab, length, i) for i in range(self.n_talks(samples))]
-            dense, _ = self.converse(lab, length, DENSE, talks)
-            for policy in lab.policies:
-                with lab.attempt(f"{self.name} {length} {policy.name}"):
-                    policy = policy.at(length + EXTRA, text_size(length, lab.layout).n_tokens)
-                    tca, more = self.converse(lab, length, policy, talks)
-                    yield score_row(self.name, length, policy, len(dense), dense, tca, **more)
+            n_text = text_size(length, lab.layout).n_tokens
+            yield from score_rows(lab, self.name, length, self.converse, talks, length + EXTRA, n_text)
 
     def converse(self, lab: Lab, length: int, policy: Policy, talks: Sequence[Talk]) -> tuple[list[bool], dict[str, Any]]:
         """Scores of all turns in order, and what was reused."""
