@@ -146,7 +146,7 @@ def kept_per_group(budgets: Budgets, config: int) -> int:
 
 
 def plan_length(budgets: Budgets, layer: int, head: int, n_tokens: int) -> int:
-    """Slots in use in a head's region once a sequence has n_tokens tokens (no rollback)."""
+    """Slots in use in a head's region once a sequence has n_tokens tokens."""
     _, lib = _extension()
     struct, _alive = _budgets(budgets)
     return check_status(lib.tca_plan_length(struct, _uint32(layer, "layer"), _uint32(head, "head"), _uint32(n_tokens, "n_tokens")))

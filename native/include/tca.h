@@ -91,13 +91,13 @@ TCA_API int32_t tca_budgets_kept_per_group(const struct tca_budgets * budgets, i
 
 // ---- plan: integers only, no model, no tensors -----------------------------------------------------------------
 
-// Slots in use in a head's region after n_tokens tokens of a sequence were processed one after another (no rollback).
+// Slots in use in a head's region after n_tokens tokens of a sequence were processed.
 TCA_API int64_t tca_plan_length(const struct tca_budgets * budgets, uint32_t layer, uint32_t head, uint32_t n_tokens);
 
 // Slots that a head's region needs so that any sequence of up to n_ctx tokens fits at every step.
 TCA_API int64_t tca_plan_capacity(const struct tca_budgets * budgets, uint32_t layer, uint32_t head, uint32_t n_ctx);
 
-// Number of leading groups that are compacted once n_tokens tokens were processed (no rollback).
+// Number of leading groups that are compacted once n_tokens tokens were processed.
 TCA_API int64_t tca_plan_groups(const struct tca_budgets * budgets, uint32_t n_tokens);
 
 // Bytes of the ragged store (K, V and slot positions) of one sequence of n_ctx tokens, and of a dense K and V cache, both of

@@ -445,7 +445,7 @@ llama_pos llama_kv_cache_tca::seq_pos_min(llama_seq_id seq_id) const {
     if (s.state.n_tokens == 0) {
         return -1;
     }
-    return std::min(s.pos0 + (llama_pos) plan.n_fixed(s.state), seq_pos_max(seq_id));
+    return s.pos0 + std::max<llama_pos>(0, (llama_pos) plan.n_fixed(s.state) - 1);
 }
 
 llama_pos llama_kv_cache_tca::seq_pos_max(llama_seq_id seq_id) const {

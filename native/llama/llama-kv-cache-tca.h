@@ -48,14 +48,16 @@ public:
 
     void clear(bool data) override;
 
-    // Whole sequences and tails that are still dense can go; anything else returns false and changes nothing.
+    // Whole sequences can go, and tails behind the last compaction; anything else returns false and changes nothing. What is
+    // left is in every case what a fresh evaluation of the remaining tokens would have left.
     bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
     void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id)                                                          override;
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
-    // All positions in [seq_pos_min, seq_pos_max] are in the cache (llama.h): the first dense token once something was compacted.
+    // All positions in [seq_pos_min, seq_pos_max] are in the cache (llama.h), and a tail that starts behind seq_pos_min can be
+    // removed, which is how llama-server reads it.
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 

@@ -13,8 +13,7 @@ int64_t tca_plan_capacity_for(const tca_budgets & b, int32_t kept, uint32_t n_ct
         return 0;
     }
     // A region is longest right before a compaction, or at the very end. Lengths at successive compactions rise by `kept`
-    // (>= 0), so the last one before n_ctx and n_ctx itself are the only candidates. A rollback only ever leaves more groups
-    // compacted for the same number of tokens, hence a shorter region.
+    // (>= 0), so the last one before n_ctx and n_ctx itself are the only candidates.
     const int64_t n_last    = tca_plan_groups_at(b, n_ctx);
     int64_t       capacity  = (int64_t) n_ctx - n_last*freed;
     if (n_last > 0) {
@@ -61,17 +60,11 @@ int64_t tca_plan::next_group_slot(uint32_t layer, uint32_t head, const tca_seq_s
 }
 
 uint32_t tca_plan::n_fixed(const tca_seq_state & s) const {
-    return s.n_groups == 0 ? 0 : budgets.sinks + s.n_groups*budgets.group_size;
+    return s.n_groups == 0 ? 0 : budgets.sinks + budgets.window + s.n_groups*budgets.group_size;
 }
 
 bool tca_plan::possible(const tca_seq_state & s) const {
-    const tca_budgets b = budgets.view();
-    if (s.n_tokens > n_ctx_seq || !selects) {
-        return s.n_tokens <= n_ctx_seq && s.n_groups == 0;
-    }
-    // more groups than n_tokens alone would have compacted are left by a rollback, but never of removed tokens
-    return s.n_groups >= tca_plan_groups_at(b, s.n_tokens) && s.n_groups <= tca_plan_groups_at(b, n_ctx_seq) &&
-        n_fixed(s) <= s.n_tokens;
+    return s.n_tokens <= n_ctx_seq && s.n_groups == (selects ? tca_plan_groups_at(budgets.view(), s.n_tokens) : 0);
 }
 
 std::vector<tca_segment> tca_plan::advance(tca_seq_state & s, uint32_t n_tokens) const {

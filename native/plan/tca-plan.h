@@ -57,10 +57,11 @@ public:
     // First slot, in any region, of the group that is compacted next (the same for every head only if it keeps the same).
     int64_t next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
 
-    // Number of leading tokens that can no longer be removed one by one: 0 if nothing was compacted.
+    // Number of leading tokens that a removal of a tail must leave, 0 if nothing was compacted: with fewer, the last group would
+    // be compacted where a fresh evaluation of what remains has not compacted it.
     uint32_t n_fixed(const tca_seq_state & state) const;
 
-    // Whether a sequence can be in this state: it fits the context and no group was compacted too early or left out.
+    // Whether a sequence can be in this state: it fits the context, and just those groups are compacted that n_tokens call for.
     bool possible(const tca_seq_state & state) const;
 
     // Cuts n_tokens into segments and moves the state past them.
@@ -80,7 +81,7 @@ private:
     std::vector<int64_t> layer_slots;      // [n_layer]
 };
 
-// Groups compacted after n_tokens tokens without any rollback.
+// Groups compacted after n_tokens tokens.
 uint32_t tca_plan_groups_at(const tca_budgets & budgets, uint32_t n_tokens);
 
 // Largest region length over all sequences of up to n_ctx tokens, for a head that keeps `kept` tokens of a group.

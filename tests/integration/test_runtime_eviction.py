@@ -63,7 +63,7 @@ def test_structure_at_many_lengths(tca_model: Path, budgets: Budgets, ids: list[
             c.feed(ids[n : n + step])
             n += step
             check_structure(c, budgets, n)
-        assert c.pos_min() == SINKS + c.sequence()[1] * GROUP and c.pos_max() == n - 1
+        assert c.pos_min() == SINKS + WINDOW + c.sequence()[1] * GROUP - 1 and c.pos_max() == n - 1
 
 
 @pytest.mark.parametrize("n_ubatch", [1, 7, 64, 100])

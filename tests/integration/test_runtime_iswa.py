@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from runtime_context import F16, GROUP, Q8_0, SINKS, Context, LoadError, make_budgets, same_positions
+from runtime_context import F16, GROUP, Q8_0, SINKS, WINDOW, Context, LoadError, make_budgets, same_positions
 from tca_gguf import gguf_file, native
 from tca_gguf.budgets import DENSE, SLIDING
 
@@ -147,7 +147,7 @@ def test_a_tail_is_taken_back_as_far_as_both_caches_reach(tca: Path, ids: list[i
         c.feed(ids)
         groups = c.sequence()[1]
         assert groups > 2
-        assert not c.rm(0, SINKS + groups * GROUP - 1, -1) and c.pos_max() == N - 1
+        assert not c.rm(0, SINKS + WINDOW + groups * GROUP - 1, -1) and c.pos_max() == N - 1
         assert c.rm(0, N - 9, -1) and c.pos_max() == N - 10
         got = c.feed(ids[N - 9 :])
         assert same_positions(c.positions(), positions) and np.abs(got - logits[-1]).max() < 1e-3

@@ -68,13 +68,14 @@ def test_side_by_side_as_alone(tca_model: Path, ids: list[int], alone, n_seqs: i
 # ---- seq_rm ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "cut"), [(100, 60), (100, 1), (FIRST - 1, FIRST - 2), (300, 260), (254, 240)])
+EDGE = SINKS + WINDOW + 3 * GROUP  # of the third group: with one token less it is not compacted
+
+
+@pytest.mark.parametrize(("n", "cut"), [(100, 60), (100, 1), (FIRST - 1, FIRST - 2), (300, 260), (EDGE + 40, EDGE), (EDGE, EDGE), (EDGE + 1, EDGE)])
 def test_a_tail_is_removed_as_if_it_never_was(ctx: Context, tca_model: Path, ids: list[int], n: int, cut: int) -> None:
-    """The cut is behind the last compaction, so that a run without the tail has compacted the same groups."""
-    assert max(0, (n - 64) // GROUP) == max(0, (cut - 64) // GROUP)
     ctx.feed(ids[:n])
     assert ctx.rm(0, cut, -1)
-    assert ctx.sequence() == (cut, max(0, (cut - 64) // GROUP)) and ctx.pos_max() == cut - 1
+    assert ctx.sequence() == (cut, max(0, (cut - SINKS - WINDOW) // GROUP)) and ctx.pos_max() == cut - 1 >= ctx.pos_min()
     got = ctx.feed(ids[350:430])
     with Context(tca_model) as fresh:
         fresh.feed(ids[:cut])
@@ -83,26 +84,39 @@ def test_a_tail_is_removed_as_if_it_never_was(ctx: Context, tca_model: Path, ids
     assert np.abs(got - want).max() < 1e-3 and got.argmax() == want.argmax()
 
 
-def test_a_tail_behind_a_compaction_still_goes_while_it_is_dense(ctx: Context, ids: list[int]) -> None:
-    ctx.feed(ids[:256])
-    fixed = SINKS + 3 * GROUP
-    assert ctx.sequence() == (256, 3) and ctx.pos_min() == fixed
-    before = ctx.positions()
-    for p0 in (0, 1, SINKS, 100, fixed - 1):  # tails that reach into compacted groups
-        assert ctx.rm(0, p0, -1) is (p0 == 0) if p0 else True
-    assert ctx.sequence() == (256, 3) and same_positions(ctx.positions(), before)
-    assert ctx.rm(0, fixed, -1)
-    assert ctx.sequence() == (fixed, 3) and ctx.pos_max() == fixed - 1 and ctx.pos_min() <= ctx.pos_max()
-    assert [len(p) for p in ctx.positions()] == [len(p) - 48 for p in before]
-    got = ctx.feed(ids[fixed:400])
-    assert np.isfinite(got).all() and ctx.sequence() == (400, 5)
+@pytest.mark.parametrize("n", [EDGE, EDGE + 20, FIRST, FIRST + GROUP - 1])
+def test_a_tail_that_reaches_over_a_compaction_stays(ctx: Context, tca_model: Path, ids: list[int], n: int) -> None:
+    """Lower counters over a compacted group would be a sequence that no evaluation of the remaining tokens leaves."""
+    ctx.feed(ids[:n])
+    before, groups = ctx.positions(), (n - SINKS - WINDOW) // GROUP
+    edge = SINKS + WINDOW + groups * GROUP
+    assert ctx.sequence() == (n, groups) and ctx.pos_min() == edge - 1
+    for p0 in (1, SINKS, edge - GROUP, edge - WINDOW, edge - 1):
+        assert not ctx.rm(0, p0, -1)
+        assert ctx.sequence() == (n, groups) and same_positions(ctx.positions(), before)
+    got = ctx.feed(ids[n : n + 90])  # and nothing of it is felt later
+    with Context(tca_model) as fresh:
+        fresh.feed(ids[:n])
+        assert np.array_equal(got, fresh.feed(ids[n : n + 90]))
+
+
+def test_every_removal_is_refused_or_leaves_a_fresh_sequence(ctx: Context, ids: list[int]) -> None:
+    """Short contexts are not touched: what was compacted for a longer text is never left behind for a shorter one."""
+    n = EDGE + 30
+    for cut in range(1, n, 7):
+        ctx.rm(0, -1, -1)
+        ctx.feed(ids[:n])
+        if ctx.rm(0, cut, -1):
+            assert ctx.sequence() == (cut, max(0, (cut - SINKS - WINDOW) // GROUP))
+        else:
+            assert ctx.sequence() == (n, 3)
 
 
 def test_what_cannot_be_removed_stays(ctx: Context, tca_model: Path, ids: list[int]) -> None:
     ctx.feed(ids[:300])
     ctx.feed(ids[:50], seq=1)
     before = ctx.positions(), ctx.sequence(), ctx.pos_min(), ctx.pos_max()
-    for p0, p1 in ((0, 10), (0, 299), (10, 20), (20, -1), (100, 300), (207, -1), (250, 260), (299, 299 + 0), (-1, 5), (1, 10_000)):
+    for p0, p1 in ((0, 10), (0, 299), (10, 20), (20, -1), (100, 300), (207, -1), (255, -1), (250, 260), (299, 299 + 0), (-1, 5), (1, 10_000)):
         removed = ctx.rm(0, p0, p1)
         assert removed is (p0 == p1)  # an empty range is removed at once
         after = ctx.positions(), ctx.sequence(), ctx.pos_min(), ctx.pos_max()
@@ -168,7 +182,7 @@ def test_copies_of_a_part(ctx: Context, ids: list[int]) -> None:
     ctx.C.llama_memory_seq_cp(ctx.memory, 0, 1, 0, 280)  # the cut lies in the dense part
     assert ctx.sequence(1) == (280, 3)
     assert all(np.array_equal(a, b[: len(a)]) for a, b in zip(ctx.positions(1), ctx.positions(0), strict=True))
-    for p0, p1 in ((0, 100), (50, -1), (290, -1)):
+    for p0, p1 in ((0, 100), (0, 255), (50, -1), (290, -1)):
         ctx.feed(ids[:20], seq=2)
         ctx.C.llama_memory_seq_cp(ctx.memory, 0, 2, p0, p1)  # cannot be done: no half sequence is left that looks like one
         assert ctx.sequence(2) == (0, 0) and ctx.pos_max(2) == -1
@@ -216,8 +230,8 @@ def test_a_full_context(tca_model: Path, ids: list[int]) -> None:
         c.feed(ids[250:256])
         assert c.batch([(5, 256, [0], True)]) == 1
         assert c.sequence()[0] == 256
-        assert c.rm(0, 240, -1)
-        assert np.isfinite(c.feed(ids[:16])).all()
+        assert not c.rm(0, 240, -1) and c.rm(0, 256, -1)  # the third group went with the last token
+        assert c.rm(0, -1, -1) and np.isfinite(c.feed(ids[:256])).all()
 
 
 def test_a_token_of_two_sequences(ctx: Context, ids: list[int]) -> None:
@@ -239,9 +253,9 @@ def test_a_sequence_may_start_anywhere(ctx: Context, tca_model: Path, ids: list[
     """RoPE is relative: the same tokens at other positions give the same answer, compacted or not."""
     want = ctx.feed(ids[:200])
     assert ctx.batch([(t, 1000 + i, [1], i == 199) for i, t in enumerate(ids[:200])]) == 0
-    assert ctx.pos_min(1) == 1000 + SINKS + 2 * GROUP and ctx.pos_max(1) == 1199
+    assert ctx.pos_min(1) == 1000 + SINKS + WINDOW + 2 * GROUP - 1 and ctx.pos_max(1) == 1199
     assert np.abs(ctx.logits() - want).max() < 0.05
-    assert ctx.rm(1, 1190, -1) and ctx.pos_max(1) == 1189 and not ctx.rm(1, 1100, -1)
+    assert ctx.rm(1, 1195, -1) and ctx.pos_max(1) == 1194 and not ctx.rm(1, 1191, -1)
 
 
 @pytest.mark.parametrize("start", [0, 100, 126])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_context import CONFIGS, F16, GROUP, Q8_0, Context, make_budgets, same_positions
+from runtime_context import CONFIGS, F16, GROUP, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
 from tca_gguf import gguf_file
 
 MAGIC = struct.pack("<I", 0x41435401)  # of our part of a state
@@ -57,9 +57,9 @@ def test_one_sequence_into_another(ctx: Context, tca_model: Path, ids: list[int]
 
 
 def test_a_rolled_back_and_an_empty_sequence(ctx: Context, tca_model: Path, ids: list[int]) -> None:
-    ctx.feed(ids[:256])
-    assert ctx.rm(0, 16 + 3 * GROUP + 5, -1)  # more groups are gone than this many tokens would have compacted
-    n = 16 + 3 * GROUP + 5
+    n = SINKS + WINDOW + 3 * GROUP
+    ctx.feed(ids[: n + 30])
+    assert ctx.rm(0, n, -1)  # as far as it goes
     state, empty = ctx.save(0), ctx.save(1)
     with Context(tca_model, n_ctx=1024, n_seq_max=2) as other:
         assert other.load(state, 1) == len(state) and other.sequence(1) == (n, 3)
