@@ -18,7 +18,7 @@ static uint32_t longest_tail(const llama_model & model, const llama_cparams & cp
 }
 
 llama_kv_cache_tca_iswa::llama_kv_cache_tca_iswa(const llama_model & model, const llama_cparams & cparams, const llama_memory_params & params) :
-        n_swa(model.hparams.n_swa),
+        n_swa(model.hparams.n_swa), swa_full(params.swa_full),
         iswa(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv, /* swa_full */ false, cparams.kv_unified,
             cparams.n_ctx_seq, cparams.n_seq_max, longest_tail(model, cparams), 1, nullptr,
             [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr),
@@ -53,9 +53,16 @@ void llama_kv_cache_tca_iswa::clear(bool data) {
     iswa.clear(data);
 }
 
+// The next token, at p0, sees the n_swa - 1 tokens before it: what a saved state holds, too, for its own last token.
 bool llama_kv_cache_tca_iswa::window_held(llama_seq_id seq_id, llama_pos p0) const {
     const llama_pos first = iswa.get_swa()->seq_pos_min(seq_id);
-    return first <= std::max<llama_pos>(p0 - (llama_pos) n_swa, tca.get_stream(seq_id).pos0);
+    return first <= std::max<llama_pos>(p0 - (llama_pos) n_swa + 1, tca.get_stream(seq_id).pos0);
+}
+
+llama_pos llama_kv_cache_tca_iswa::first_removable(llama_seq_id seq_id) const {
+    const llama_pos begin = tca.get_stream(seq_id).pos0;
+    const llama_pos first = iswa.get_swa()->seq_pos_min(seq_id);
+    return std::max<llama_pos>(tca.seq_pos_min(seq_id) + 1, first <= begin ? begin : first + (llama_pos) n_swa - 1);
 }
 
 bool llama_kv_cache_tca_iswa::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -107,7 +114,14 @@ void llama_kv_cache_tca_iswa::seq_div(llama_seq_id seq_id, llama_pos p0, llama_p
 }
 
 llama_pos llama_kv_cache_tca_iswa::seq_pos_min(llama_seq_id seq_id) const {
-    return std::max(tca.seq_pos_min(seq_id), iswa.seq_pos_min(seq_id));
+    const llama_pos end = tca.seq_pos_max(seq_id);
+    if (end < 0) {
+        return -1;
+    }
+    // A tail that starts at the end takes nothing back. llama-server restores a state and then removes its last token if
+    // seq_pos_min is below it, so where that token has to stay (a group was just compacted) it must be seq_pos_min.
+    const llama_pos p = first_removable(seq_id);
+    return p > end ? end : std::max<llama_pos>(tca.get_stream(seq_id).pos0, p - 1 - (swa_full ? 0 : (llama_pos) n_swa));
 }
 
 llama_pos llama_kv_cache_tca_iswa::seq_pos_max(llama_seq_id seq_id) const {

@@ -27,6 +27,7 @@ public:
     void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
 
+    // As llama-server reads it: a tail from p on can be removed if seq_pos_min < p - n_swa (seq_pos_min < p with swa_full).
     llama_pos seq_pos_min(llama_seq_id seq_id) const override;
     llama_pos seq_pos_max(llama_seq_id seq_id) const override;
 
@@ -40,8 +41,12 @@ public:
 
 private:
     const uint32_t      n_swa;
+    const bool          swa_full;  // what the caller asked for; the stock part is never full size
     llama_kv_cache_iswa iswa;  // its cache of full-attention layers has cells but no layers
     llama_kv_cache_tca  tca;
+
+    // First position from which a tail of the sequence can be removed; pos_max + 1: none.
+    llama_pos first_removable(llama_seq_id seq_id) const;
 
     bool window_held(llama_seq_id seq_id, llama_pos p0) const;
 };

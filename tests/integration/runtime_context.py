@@ -83,7 +83,7 @@ class Context:
 
     def __init__(self, path: Path, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
                  n_seq_max: int = 1, kv_unified: bool = False, flash: int | None = None, enabled: bool | int | str | None = None,
-                 abort: Callable[[], bool] | None = None, profile: native.Profile | None = None) -> None:  # fmt: skip
+                 swa_full: bool = True, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None) -> None:  # fmt: skip
         self.C = C = llama.load().llama_cpp
         self._take_log()
         self.model = self.ctx = None
@@ -104,6 +104,7 @@ class Context:
         p = C.llama_context_default_params()
         p.n_ctx, p.n_ubatch, p.n_batch, p.n_seq_max, p.kv_unified = n_ctx, n_ubatch, n_batch, n_seq_max, kv_unified
         p.type_k, p.type_v, p.no_perf, p.n_threads, p.n_threads_batch = type_k, type_v, True, 1, 1
+        p.swa_full = swa_full
         # stock flash attention rounds f32 caches to f16; without it a quantized V is refused
         p.flash_attn_type = int(type_v in (Q4_0, Q8_0)) if flash is None else flash
         if abort is not None:

@@ -179,6 +179,42 @@ def test_state_is_restored(tca: Path, ids: list[int]) -> None:
                 assert a.rm(0, 300, -1) or a.load(saved, seq) == len(saved)
 
 
+def test_what_llama_server_takes_back_is_taken_back(tca: Path, ids: list[int]) -> None:
+    """At every length: what the server's rule calls removable is, and after a restored state so is the last token that it removes.
+
+    The rule (server-context.cpp of the pin): a tail from p on goes if pos_min < p - n_swa; a state saved with pos_min and pos_max
+    is restored for p if pos_min < p - n_swa, and then everything from max(pos_min + 1, pos_max) on goes.
+    """
+    first = SINKS + WINDOW + 3 * GROUP
+    with Context(tca, n_ubatch=64, swa_full=False) as a, Context(tca, n_ubatch=64, swa_full=False) as b:
+        a.feed(ids[:first])
+        edges = 0
+        for n in range(first, first + GROUP + 2):
+            state, pos_min, pos_max = a.save(0), a.pos_min(), a.pos_max()
+            assert pos_max == n - 1
+            edges += pos_min == pos_max
+            assert b.load(state, 0) == len(state) and (b.pos_max(), b.sequence()) == (pos_max, a.sequence())
+            after = max(pos_min + 1, pos_max)
+            assert b.rm(0, after, -1) and b.pos_max() == after - 1, n
+            for c in (a, b):
+                assert c is a or c.load(state, 0)
+                p = c.pos_min() + N_SWA + 1
+                if p <= n:
+                    assert c.rm(0, p, -1) and c.pos_max() == p - 1, (n, p)
+                    c.feed(ids[p:n])
+            a.feed(ids[n : n + 1])
+        assert edges == 2  # right after a compaction
+
+
+def test_the_last_token_of_a_restored_state(tca: Path, ids: list[int]) -> None:
+    with Context(tca) as a, Context(tca) as b:
+        a.feed(ids[:300])
+        assert b.load(a.save(0), 0) and b.rm(0, 299, -1)
+        got, want = b.feed(ids[299:]), a.feed(ids[300:])
+        assert np.abs(got - want).max() < 1e-3 and same_positions(a.positions(), b.positions())
+        assert b.load(a.save(0), 0) and not b.rm(0, N - N_SWA, -1)  # its window is not in the state
+
+
 def test_sequences_side_by_side(tca: Path, ids: list[int], whole) -> None:
     _, logits = whole
     with Context(tca, n_ctx=2048, n_seq_max=2) as c:
