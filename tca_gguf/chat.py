@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import kv
 from .errors import TcaError
-from .loading import context_address, dense_kv_bytes
+from .loading import context_address
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -249,24 +250,13 @@ class Chat:
         return self.engine.tokenize_prompt(prompt)
 
 
-def cache_stats(llm: Llama, kv_type: str = "f16") -> dict[str, Any]:
+def cache_stats(llm: Llama) -> dict[str, Any]:
     """The cache of a Llama: {"tca", "n_ctx", "tokens", "kept_tokens_mean", "kv_bytes", "kv_bytes_dense"}.
 
-    kept_tokens_mean: slots in use, mean over all heads. kv_type: of the cache, to count the bytes of a stock one.
+    kept_tokens_mean: slots in use, mean over the heads of the ragged store; kv_bytes: of all layers, see `kv`.
     """
-    from . import native
-
     ctx = context_address(llm)
-    info = native.context_info(ctx)
-    stats: dict[str, Any] = {"tca": info.active, "n_ctx": int(llm.n_ctx()), "tokens": int(llm.n_tokens)}
-    if not info.active:
-        size = dense_kv_bytes(llm.model_path, int(llm.n_ctx()), kv_type)
-        return stats | {"kept_tokens_mean": float(llm.n_tokens), "kv_bytes": size, "kv_bytes_dense": size}
-    lengths = [
-        native.region_length(ctx, layer, 0, head) for layer in range(info.n_layer) for head in range(info.n_head_kv)
-    ]
-    return stats | {
-        "kept_tokens_mean": round(float(np.mean(lengths)), 1),
-        "kv_bytes": info.kv_bytes,
-        "kv_bytes_dense": info.kv_bytes_dense,
-    }
+    size, tokens = kv.of_context(ctx), int(llm.n_tokens)
+    kept = round(kv.mean_kept(ctx), 1) if size.ragged else float(tokens)
+    return {"tca": size.ragged, "n_ctx": int(llm.n_ctx()), "tokens": tokens, "kept_tokens_mean": kept,
+            "kv_bytes": size.allocated, "kv_bytes_dense": size.stock}  # fmt: skip

@@ -7,6 +7,7 @@ keys gives back the very file that was embedded into. Writing is atomic: see :mo
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .budgets import FORMAT_VERSION, Budgets, Calibration
 from .errors import TcaError
 
 PREFIX = "tca."
+SLIDING_WINDOWS = {"gemma2": 4096}  # what the runtime takes where a file does not say
 MAX_KV_HEADS = 1 << 24  # n_layer*n_head_kv, as in the runtime
 MAX_STRINGS = 1 << 24  # in one array; the largest vocabularies have a few hundred thousand
 MAX_NESTED = 1 << 16  # arrays in an array
@@ -35,7 +37,8 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the budgets of a model depend on. head_dim_k, head_dim_v: elements of one key and one value of one KV head."""
+    """What the budgets of a model depend on. head_dim_k, head_dim_v: elements of one key and one value of one KV head;
+    n_swa: tokens of a sliding window, 0 where no layer has one."""
 
     arch: str
     name: str
@@ -45,6 +48,7 @@ class ModelShape:
     head_dim_k: int
     head_dim_v: int
     n_ctx_train: int
+    n_swa: int = 0
 
 
 class HeaderReader(GGUFReader):
@@ -264,6 +268,7 @@ def _shape(reader: HeaderReader, path: Path) -> ModelShape:
         head_dim_k=fields.count(f"{arch}.attention.key_length", head_dim),
         head_dim_v=fields.count(f"{arch}.attention.value_length", head_dim),
         n_ctx_train=fields.count(f"{arch}.context_length", 0),
+        n_swa=fields.count(f"{arch}.attention.sliding_window", SLIDING_WINDOWS.get(arch, 0)),
     )
 
 
@@ -301,7 +306,7 @@ def _budgets(reader: HeaderReader, path: Path, shape: ModelShape) -> Budgets:
         keep_counts=tuple(keep_counts.tolist()),
         configs=configs.astype(np.int32).reshape(-1, len(keep_counts)),
         head_config=head_config.astype(np.int32).reshape(shape.n_layer, shape.n_head_kv),
-        kept_fraction=_fraction(fields, "tca.kept_fraction"),
+        kept_fraction=_fraction(fields, "tca.kept_fraction") if reader.get_field("tca.kept_fraction") is not None else float("nan"),
         enabled=fields.get("tca.enabled", GGUFValueType.BOOL) if has_enabled else True,
         calibration=_calibration(fields, shape),
         probe=_probe(fields, shape) if reader.get_field("tca.probe") is not None else None,
@@ -310,6 +315,8 @@ def _budgets(reader: HeaderReader, path: Path, shape: ModelShape) -> Budgets:
         budgets.check()
     except TcaError as error:
         raise TcaError(f"{path}: {error}") from None
+    if math.isnan(budgets.kept_fraction):  # information that the runtime does not read; it follows from the budgets
+        budgets = replace(budgets, kept_fraction=float(np.nanmean(budgets.head_kept_fraction())))
     return budgets
 
 

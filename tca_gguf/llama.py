@@ -34,7 +34,7 @@ else:
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-__all__ = ["Llama", "lib_dir", "load", "package_dir", "pinned_version", "program"]
+__all__ = ["Llama", "lib_dir", "llama_class", "load", "package_dir", "pinned_version", "program"]
 
 
 def package_dir() -> Path:
@@ -164,9 +164,34 @@ def load() -> ModuleType:
     return module
 
 
+# ---- the class -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def llama_class() -> type[Llama]:
+    """llama-cpp-python's Llama, with room for every token of the context that llama.cpp made.
+
+    llama.cpp rounds n_ctx up to a multiple of 256; the stock class keeps arrays of the n_ctx that was asked for, and a text that
+    passes it ends in a numpy error.
+    """
+    import numpy as np
+
+    class Llama(load().Llama):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            n_ctx = int(self.n_ctx())
+            if len(self.input_ids) < n_ctx:
+                self.input_ids = np.zeros(n_ctx, dtype=self.input_ids.dtype)
+                if self._logits_all:
+                    self.scores = np.zeros((n_ctx, self.scores.shape[1]), dtype=self.scores.dtype)
+
+    Llama.__qualname__, Llama.__module__, Llama.__doc__ = "Llama", __name__, load().Llama.__doc__
+    return Llama
+
+
 def __getattr__(name: str) -> Any:
     if name == "Llama":
-        return load().Llama
+        return llama_class()
     if name == "llama_cpp":
         return load()
     raise AttributeError(f"module 'tca_gguf.llama' has no attribute {name!r}")

@@ -6,22 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gguf import GGMLQuantizationType
-
 from . import logs
 from .errors import TcaError
-from .gguf_file import model_shape
+from .kv import KV_TYPES, UBATCH, context_size
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-# types of the KV cache that the commands offer
-KV_TYPES = {
-    "f16": int(GGMLQuantizationType.F16),
-    "q8_0": int(GGMLQuantizationType.Q8_0),
-    "q4_0": int(GGMLQuantizationType.Q4_0),
-}
-UBATCH = 512  # the default group ends with a micro-batch of this size
+__all__ = ["KV_TYPES", "UBATCH", "check_model", "context_address", "context_size", "default_threads", "open_llama"]
 
 
 def default_threads() -> int:
@@ -29,11 +21,6 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return max(1, os.cpu_count() or 1)
-
-
-def context_size(n_tokens: int) -> int:
-    """Tokens of a context for so many: llama.cpp pads to this."""
-    return -(-n_tokens // 256) * 256
 
 
 def check_model(path: str | os.PathLike[str]) -> bool:
@@ -65,7 +52,7 @@ def open_llama(
 
     Raises TcaError with what llama.cpp's log says if the model or the context cannot be made.
     """
-    from .llama import load
+    from .llama import llama_class, load
 
     if not dense:
         check_model(path)
@@ -73,7 +60,7 @@ def open_llama(
     log = logs.take_over(llama_cpp, verbose)
     threads = n_threads or default_threads()
     try:
-        return llama_cpp.Llama(
+        return llama_class()(
             model_path=str(path),
             n_ctx=n_ctx,
             n_batch=UBATCH,
@@ -91,15 +78,6 @@ def open_llama(
     except (ValueError, RuntimeError) as error:
         reason = log.reason() or str(error)
         raise TcaError(f"{path}: {reason}" if str(path) not in reason else reason) from None
-
-
-def dense_kv_bytes(path: str | os.PathLike[str], n_ctx: int, kv_type: str) -> int:
-    """Bytes of the stock KV cache of a model whose layers are all alike, for one sequence of ``n_ctx`` tokens."""
-    from . import native
-
-    shape, ggml_type = model_shape(path), KV_TYPES[kv_type]
-    row = native.row_bytes(ggml_type, shape.head_dim_k) + native.row_bytes(ggml_type, shape.head_dim_v)
-    return n_ctx * shape.n_layer * shape.n_head_kv * row
 
 
 def context_address(llm: Llama) -> int:

@@ -11,8 +11,10 @@ import functools
 import importlib
 import json
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -200,15 +202,17 @@ def model_set_budgets(model: int, budgets: Budgets | None) -> None:
 
 @dataclass(frozen=True)
 class ContextInfo:
-    """struct tca_context_info. active False: the stock cache is in use, every other field is 0."""
+    """struct tca_context_info. active False: the stock cache is in use; the fields before memory_bytes are 0."""
 
     active: bool
     n_layer: int
     n_head_kv: int
     n_stream: int  # sequences that can live side by side
     n_ctx_seq: int  # tokens a sequence may hold
-    kv_bytes: int  # allocated for K, V and positions
-    kv_bytes_dense: int  # what the stock cache would allocate for the same n_ctx and types
+    kv_bytes: int  # allocated for K, V and positions of the ragged store
+    kv_bytes_dense: int  # what the stock cache would allocate for the same layers, n_ctx and types
+    memory_bytes: int  # allocated for all layers, those with sliding windows too
+    memory_bytes_stock: int  # what llama.cpp's own cache would allocate for all of them (without swa_full)
 
 
 @dataclass(frozen=True)
@@ -496,7 +500,15 @@ def _define_on_layer() -> None:
     """The C side's one entry into Python; the user data says which Capture is meant."""
     ffi, _ = _extension()
 
-    @ffi.def_extern(name="tca_gguf_on_layer", error=False)
+    def failed(_kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """What is raised outside of `_on_layer`'s own guard: Ctrl-C between any two steps of Python. It would be printed and lost."""
+        handle = trace.tb_frame.f_locals.get("user_data") if trace is not None else None
+        if handle is not None:
+            ffi.from_handle(handle).error = error
+        else:
+            traceback.print_exception(error)  # nobody to tell; the pass ends in any case
+
+    @ffi.def_extern(name="tca_gguf_on_layer", error=False, onerror=failed)
     def on_layer(layer: Any, user_data: Any) -> bool:
         return ffi.from_handle(user_data)._on_layer(layer)
 

@@ -30,6 +30,11 @@ tca_status tca_context_get_info(const llama_context * ctx, tca_context_info * in
         info->kv_bytes       = kv->bytes();
         info->kv_bytes_dense = kv->bytes_dense();
     }
+    if (ctx != nullptr && ctx->get_memory() != nullptr) {
+        const llama_tca_bytes bytes = llama_tca_count_bytes(*ctx->get_memory());
+        info->memory_bytes       = bytes.allocated;
+        info->memory_bytes_stock = bytes.stock;
+    }
     return TCA_OK;
 }
 

@@ -116,13 +116,15 @@ TCA_API tca_status tca_model_set_budgets(struct llama_model * model, const struc
 // ---- a context -------------------------------------------------------------------------------------------------
 
 struct tca_context_info {
-    bool     active;           // the ragged cache is in use; false: the stock cache, and every other field is 0
+    bool     active;           // the ragged cache is in use; false: the stock cache, and the fields up to kv_bytes_dense are 0
     uint32_t n_layer;
     uint32_t n_head_kv;
     uint32_t n_stream;         // sequences that can live side by side
     uint32_t n_ctx_seq;        // tokens a sequence may hold
     uint64_t kv_bytes;         // allocated for K, V and positions
     uint64_t kv_bytes_dense;   // what the stock cache would allocate for the same layers, n_ctx and types
+    uint64_t memory_bytes;        // allocated for all layers, those with sliding windows too; set for the stock cache as well
+    uint64_t memory_bytes_stock;  // what llama.cpp's own cache would allocate for all of them (without swa_full)
 };
 
 TCA_API tca_status tca_context_get_info(const struct llama_context * ctx, struct tca_context_info * info);

@@ -17,8 +17,17 @@ static uint32_t longest_tail(const llama_model & model, const llama_cparams & cp
     return std::min<uint64_t>((uint64_t) cparams.n_ubatch + budgets.window + budgets.group_size, cparams.n_ctx_seq);
 }
 
+static uint64_t sum(const std::map<ggml_backend_buffer_type_t, size_t> & sizes) {
+    uint64_t n = 0;
+    for (const auto & [_, size] : sizes) {
+        n += size;
+    }
+    return n;
+}
+
 llama_kv_cache_tca_iswa::llama_kv_cache_tca_iswa(const llama_model & model, const llama_cparams & cparams, const llama_memory_params & params) :
         n_swa(model.hparams.n_swa), swa_full(params.swa_full),
+        stock_cells(GGML_PAD(std::min(cparams.n_ctx_seq, n_swa + cparams.n_ubatch), 256)),
         iswa(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv, /* swa_full */ false, cparams.kv_unified,
             cparams.n_ctx_seq, cparams.n_seq_max, longest_tail(model, cparams), 1, nullptr,
             [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr),
@@ -136,6 +145,11 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_tca_iswa::memory_bre
     return res;
 }
 
+uint64_t llama_kv_cache_tca_iswa::bytes_beyond_stock() const {
+    const uint64_t cells = iswa.get_swa()->get_size();
+    return sum(iswa.get_swa()->memory_breakdown())/cells*(cells - std::min<uint64_t>(stock_cells, cells));
+}
+
 void llama_kv_cache_tca_iswa::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags /*flags*/) const {
     tca.state_write(io, seq_id);
     iswa.state_write(io, seq_id);
@@ -209,4 +223,15 @@ const llama_kv_cache_tca * llama_tca_cache_of(const llama_memory_i * memory) {
         return both->get_tca();
     }
     return dynamic_cast<const llama_kv_cache_tca *>(memory);
+}
+
+llama_tca_bytes llama_tca_count_bytes(const llama_memory_i & memory) {
+    const uint64_t all = sum(memory.memory_breakdown());
+    const llama_kv_cache_tca * tca = llama_tca_cache_of(&memory);
+    if (tca == nullptr) {
+        return { all, all };
+    }
+    const auto * both = dynamic_cast<const llama_kv_cache_tca_iswa *>(&memory);
+    const uint64_t rest = all - sum(tca->memory_breakdown());
+    return { rest + tca->bytes(), rest + tca->bytes_dense() - (both ? both->bytes_beyond_stock() : 0) };
 }

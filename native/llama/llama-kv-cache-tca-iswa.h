@@ -39,9 +39,13 @@ public:
 
     const llama_kv_cache_tca * get_tca() const { return &tca; }
 
+    // Bytes that the sliding-window layers take beyond what they take in llama.cpp's own cache (without swa_full).
+    uint64_t bytes_beyond_stock() const;
+
 private:
     const uint32_t      n_swa;
     const bool          swa_full;  // what the caller asked for; the stock part is never full size
+    const uint32_t      stock_cells;  // of a sequence's sliding-window layers in llama.cpp's own cache
     llama_kv_cache_iswa iswa;  // its cache of full-attention layers has cells but no layers
     llama_kv_cache_tca  tca;
 
@@ -74,3 +78,12 @@ private:
 // The ragged cache's part of a context or of a memory; nullptr for the stock ones.
 const llama_kv_cache_tca_context * llama_tca_context_of(const llama_memory_context_i * mctx);
 const llama_kv_cache_tca         * llama_tca_cache_of  (const llama_memory_i * memory);
+
+// What a memory has allocated for all of its layers, and what llama.cpp's own cache would take for the same model, context,
+// sequences and types. Both are the same for a stock memory.
+struct llama_tca_bytes {
+    uint64_t allocated;
+    uint64_t stock;
+};
+
+llama_tca_bytes llama_tca_count_bytes(const llama_memory_i & memory);

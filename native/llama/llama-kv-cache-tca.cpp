@@ -187,12 +187,6 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         ggml_backend_buffer_clear(buf, 0);
         ctxs_bufs.emplace_back(std::move(ctx), buf);
     }
-
-    LLAMA_LOG_INFO("tca: ragged KV cache on, metric %s, window %u, sinks %u: %.2f MiB (K %s, V %s, %u tokens, %u layers, %zu seqs) "
-            "instead of %.2f MiB dense (%.1f%%)\n", plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks,
-            bytes()/1048576.0, ggml_type_name(type_k), ggml_type_name(type_v), plan.n_ctx_seq,
-            (unsigned) std::count_if(layers.begin(), layers.end(), [](const layer & l) { return l.k != nullptr; }), streams.size(),
-            bytes_dense()/1048576.0, 100.0*bytes()/bytes_dense());
 }
 
 int llama_kv_cache_tca::n_chunks(int32_t il) const {

@@ -177,6 +177,25 @@ void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams
     }
 }
 
+// The one line that says which cache is in use. A warning, because llama.cpp's programs show no other level by default, and a
+// user who does not see it cannot tell the two caches apart.
+static void say_on(const llama_memory_i & memory, const llama_memory_params & params) {
+    const llama_kv_cache_tca & tca   = *llama_tca_cache_of(&memory);
+    const tca_plan           & plan  = tca.get_plan();
+    const llama_tca_bytes      bytes = llama_tca_count_bytes(memory);
+
+    uint32_t n_stored = 0;
+    for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+        n_stored += tca.get_layer(il).k != nullptr;
+    }
+    const std::string slots = tca.n_stream() > 1 ? format("%u sequences of %u tokens each", tca.n_stream(), plan.n_ctx_seq) :
+        format("%u tokens", plan.n_ctx_seq);
+    LLAMA_LOG_WARN("tca: ragged KV cache on: %.2f MiB instead of %.2f MiB dense (%.1f%%) for %s; K %s, V %s; %u of %u layers have "
+            "budgets; metric %s, window %u, sinks %u\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
+            100.0*bytes.allocated/bytes.stock, slots.c_str(), ggml_type_name(params.type_k), ggml_type_name(params.type_v),
+            n_stored, plan.n_layer(), plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks);
+}
+
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     if (!model.tca) {
         return nullptr;
@@ -187,10 +206,16 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     if (!cparams.causal_attn) {
         throw std::runtime_error("tca: non-causal attention cannot use the ragged cache; load with --override-kv tca.enabled=bool:false");
     }
+    llama_memory_i * memory;
     if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return new llama_kv_cache_tca_iswa(model, cparams, params);
+        memory = new llama_kv_cache_tca_iswa(model, cparams, params);
+    } else {
+        memory = new llama_kv_cache_tca(model, cparams, params.type_k, params.type_v);
     }
-    return new llama_kv_cache_tca(model, cparams, params.type_k, params.type_v);
+    if (!model.hparams.no_alloc) {
+        say_on(*memory, params);
+    }
+    return memory;
 }
 
 uint32_t llama_tca_graph_nodes(const llama_model & model, uint32_t n_tokens) {

@@ -12,19 +12,28 @@ from tca_gguf.budgets import DENSE as DENSE_HEAD
 from tca_gguf.budgets import SLIDING, Budgets
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, model_shape, read_model
-from tca_gguf.loading import KV_TYPES, check_model
+from tca_gguf.loading import KV_TYPES, UBATCH, check_model
 
 TESTS = ("prefill", "decode", "whole")
 FILE, DENSE = "file", "dense"  # budgets by name; anything else is a kept fraction
 
 
+DEPTHS = (4096, 16384)
+
+
+def default_depths(trained: int) -> tuple[int, ...]:
+    """DEPTHS, but none past the tokens that a model was ``trained`` for (0: unknown); a micro-batch is measured behind each."""
+    last = max((trained - UBATCH) // UBATCH * UBATCH, UBATCH) if trained else DEPTHS[-1]
+    return tuple(dict.fromkeys(min(depth, last) for depth in DEPTHS))
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. depths: any order; repeat: measurements of prefill and decode at each depth; passes: fillings from an
+    """What to measure. depths: any order, none: `default_depths`; repeat: measurements of prefill and decode at each depth; passes: fillings from an
     empty cache (tests "whole"); budgets: "file", "dense" (every head) or a kept fraction that all heads share; dense_kv: type
     of the stock cache to compare with, None: the same as the ragged store's; n_threads 0: all CPUs of the process."""
 
-    depths: tuple[int, ...] = (4096, 16384)
+    depths: tuple[int, ...] = ()
     kv_types: tuple[str, ...] = ("f16",)
     repeat: int = 3
     n_gen: int = 32

@@ -25,13 +25,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tca_gguf import logs, native
+from tca_gguf import kv, logs, native
 from tca_gguf.budgets import SLIDING, Budgets
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape, model_shape
 from tca_gguf.loading import UBATCH, context_size, default_threads
 
-from .cases import TESTS, Case, Settings, ggml_type, groups, resolve
+from .cases import TESTS, Case, Settings, default_depths, ggml_type, groups, resolve
 from .machine import Limits, hardware
 from .results import Attention, Result, Sample, attention_work, rows_of, stall
 from .runner import Runner
@@ -62,9 +62,10 @@ def run(
 
     path = Path(path)
     threads = settings.n_threads or default_threads()
-    settings = replace(settings, n_threads=threads, depths=tuple(sorted(settings.depths)))
     plan, budgets = groups(settings), resolve(path, settings.budgets)
     shape = model_shape(path)
+    depths = settings.depths or default_depths(shape.n_ctx_train)
+    settings = replace(settings, n_threads=threads, depths=tuple(sorted(depths)))
     if settings.depths[-1] + UBATCH > shape.n_ctx_train > 0:
         report(f"note: depth {settings.depths[-1]} is past the {shape.n_ctx_train} tokens that the model was trained with")
     log = logs.take_over(llama.load(), verbose)
@@ -81,9 +82,8 @@ def run(
 
 def kv_bytes(case: Case, budgets: Budgets, shape: ModelShape, depth: int) -> int:
     """Bytes of a cache with room for this depth and a micro-batch. budgets: any that fit the model, for the dense case."""
-    kind = ggml_type(case.kv_type)
-    ragged, dense = native.plan_bytes(budgets, shape.head_dim_k, shape.head_dim_v, kind, kind, context_size(depth + UBATCH))
-    return dense if case.budgets is None else ragged
+    size = kv.predicted(shape, budgets, depth + UBATCH, case.kv_type)
+    return size.stock if case.budgets is None else size.allocated
 
 
 def next_compaction(budgets: Budgets, depth: int) -> int | None:

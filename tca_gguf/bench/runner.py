@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tca_gguf import native
+from tca_gguf import kv, native
 from tca_gguf.budgets import Budgets
 from tca_gguf.errors import TcaError
 from tca_gguf.loading import UBATCH
@@ -31,11 +31,11 @@ class Runner:
         self.seconds = 0.0  # of the prompt so far, from the empty cache on
         self._tokens: list[int] = []  # what the cache holds when nothing is being measured
         self._state: bytes | None = None
-        info = native.context_info(self.session.address)
-        if info.active != (budgets is not None):
+        size = kv.of_context(self.session.address)
+        if size.ragged != (budgets is not None):
             self.close()
-            raise TcaError(f"{case.label}: the ragged cache is {'' if info.active else 'not '}in use")
-        self.kv_bytes = info.kv_bytes  # 0 for the stock cache
+            raise TcaError(f"{case.label}: the ragged cache is {'' if size.ragged else 'not '}in use")
+        self.kv_bytes = size.allocated
 
     @property
     def depth(self) -> int:

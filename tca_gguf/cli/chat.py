@@ -27,9 +27,9 @@ HELP = """\
 Ctrl-C         stop the reply"""
 
 
-def stats_of(chat: Chat, kv_type: str) -> dict[str, Any]:
+def stats_of(chat: Chat) -> dict[str, Any]:
     """The cache and the last turn: {"tca", "n_ctx", "tokens", ..., "turns", "last": {...} or null}."""
-    stats = cache_stats(chat.engine.llm, kv_type)
+    stats = cache_stats(chat.engine.llm)
     last = chat.turns[-1] if chat.turns else None
     stats["turns"] = len(chat.turns)
     stats["last"] = last and {
@@ -96,7 +96,7 @@ def read_line(interactive: bool) -> str | None:
             fail("the input is not UTF-8 text")
 
 
-def converse(chat: Chat, kv_type: str, interactive: bool) -> None:
+def converse(chat: Chat, interactive: bool) -> None:
     """Reads lines and answers them until the end of the input or /exit."""
     interrupt = Interrupt()
     while (line := read_line(interactive)) is not None:
@@ -111,7 +111,7 @@ def converse(chat: Chat, kv_type: str, interactive: bool) -> None:
             chat.reset()
             click.echo("(the conversation is forgotten)", err=True)
         elif words[0] == "/stats":
-            stats = stats_of(chat, kv_type)
+            stats = stats_of(chat)
             click.echo(json.dumps(stats) if "--json" in words[1:] else stats_text(stats))
         elif words[0].startswith("/") and words[0].lstrip("/").isalpha():
             click.echo(f"unknown command {words[0]}; /help lists them", err=True)
@@ -168,9 +168,9 @@ def chat_command(
     try:
         conversation = Chat(Engine(llm, Sampling(temperature=temp)), system=system, n_max=n_predict)
         if interactive:
-            stats = cache_stats(llm, kv_type)
+            stats = cache_stats(llm)
             kind = "TCA" if stats["tca"] else "dense"
             click.echo(f"{model.name}, context of {stats['n_ctx']} tokens, {kind} KV cache of {size(stats['kv_bytes'])}; /help for help", err=True)
-        converse(conversation, kv_type, interactive)
+        converse(conversation, interactive)
     finally:
         llm.close()

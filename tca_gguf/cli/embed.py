@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from tca_gguf import gguf_file
+from tca_gguf import gguf_file, kv
 from tca_gguf.budgets import Budgets
 from tca_gguf.calib import DEFAULT_KEEP, DEFAULT_METRIC, DEFAULT_TOKENS
 from tca_gguf.errors import TcaError
@@ -32,7 +32,7 @@ def _read_texts(paths: tuple[Path, ...]) -> list[str] | None:
 def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
     shape = gguf_file.model_shape(model)
     n_ctx = shape.n_ctx_train or 32768
-    tca, dense = budgets.kv_bytes(shape.head_dim_k, shape.head_dim_v, n_ctx)
+    size_of = kv.predicted(shape, budgets, n_ctx)
     fractions = budgets.head_kept_fraction()
     calibration = budgets.calibration
 
@@ -49,7 +49,7 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
         "tokens": calibration.tokens if calibration else None,
         "text_sha256": calibration.text_sha256 if calibration else None,
         "seed": calibration.seed if calibration else None,
-        "kv_bytes": {str(n_ctx): {"dense": dense, "tca": tca}},
+        "kv_bytes": {str(n_ctx): {"dense": size_of.stock, "tca": size_of.allocated}},
     }
 
 
@@ -120,11 +120,11 @@ def embed_budgets(
     if as_json:
         emit_json(summary)
         return
-    n_ctx, kv = next(iter(summary["kv_bytes"].items()))
+    n_ctx, expected = next(iter(summary["kv_bytes"].items()))
     low, high = summary["head_kept_fraction"]["min"], summary["head_kept_fraction"]["max"]
     click.echo(
         f"{shape.name}: heads keep {summary['kept_fraction']:.1%} of the evicted region (from {low:.0%} to {high:.0%}); "
-        f"KV cache of {n_ctx} tokens: {size(kv['tca'])} in place of {size(kv['dense'])}"
+        f"KV cache of {n_ctx} tokens: {size(expected['tca'])} in place of {size(expected['dense'])}"
     )
     click.echo("dry run: nothing was written" if dry_run else f"budgets written to {target}")
 

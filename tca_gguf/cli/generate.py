@@ -78,7 +78,7 @@ def generate_command(
             pieces.append(piece)
             if not as_json:
                 click.echo(piece, nl=False)
-        stats = cache_stats(llm, kv_type)
+        stats = cache_stats(llm)
     finally:
         llm.close()
     if as_json:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tca_gguf import native
+from tca_gguf import kv, native
 from tca_gguf.calib.runtime import Model, Session
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
@@ -131,7 +131,7 @@ class Lab:
         """
         kv_bytes, dense_bytes = self.kv_bytes(session, policy)
         tokens = session.length()
-        held = float(tokens) if policy.budgets is None else mean_region(session, self.full)
+        held = float(tokens) if policy.budgets is None else kv.mean_kept(session.address, self.full)
         if evicts and policy.keep < 1 and held >= tokens:
             raise TcaError(f"policy {policy.name} evicted nothing in {tokens} tokens; use a greater length")
         return {
@@ -142,20 +142,9 @@ class Lab:
         }
 
     def kv_bytes(self, session: Session, policy: Policy) -> tuple[int, int]:
-        """Bytes allocated for the cache of the layers with full attention, and what a stock f16 cache takes for them."""
-        n_ctx = session.n_ctx
-        heads = n_ctx * len(self.full) * self.shape.n_head_kv
-
-        def stock(kv_type: str) -> int:
-            return heads * sum(native.row_bytes(KV_TYPES[kv_type], d) for d in (self.shape.head_dim_k, self.shape.head_dim_v))
-
-        return (stock(policy.kv_type) if policy.budgets is None else native.context_info(session.address).kv_bytes), stock(DENSE.kv_type)
-
-
-def mean_region(session: Session, layers: Sequence[int]) -> float:
-    """Slots in use, averaged over layers and KV heads."""
-    lengths = [native.region_length(session.address, layer, 0, head) for layer in layers for head in range(session.n_head_kv)]
-    return sum(lengths) / len(lengths)
+        """Bytes allocated for the whole cache, and what a stock f16 cache takes."""
+        dense = kv.stock(self.shape, self.full, session.n_ctx, DENSE.kv_type, session.n_batch)
+        return kv.of_context(session.address).allocated, dense
 
 
 def check_lengths(path: Path, shape: ModelShape, lengths: Sequence[int]) -> None:

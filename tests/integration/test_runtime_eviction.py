@@ -229,8 +229,10 @@ def test_bytes_are_those_of_the_plan(tca_model: Path, stock_model: Path, budgets
         tca, dense = native.plan_bytes(budgets, 64, 64, *types, info.n_ctx_seq)
         assert (info.kv_bytes, info.kv_bytes_dense) == (tca * n_seq_max, dense * n_seq_max)
         assert info.kv_bytes < 0.75 * info.kv_bytes_dense
-        log = "".join(Context.lines)
-        assert "tca" in log and f"{info.kv_bytes / 2**20:.2f}"[:3] in log  # the log says what is allocated
+        assert (info.memory_bytes, info.memory_bytes_stock) == (info.kv_bytes, info.kv_bytes_dense)  # there are no other layers
+        (line,) = [line for line in Context.lines if "ragged KV cache on" in line]
+        sequences = "3 sequences of 1024 tokens each" if n_seq_max > 1 else "3072 tokens"
+        assert f"{info.kv_bytes / 2**20:.2f} MiB instead of {info.kv_bytes_dense / 2**20:.2f} MiB dense" in line and sequences in line
 
 
 def test_all_or_nothing(stock_model: Path, tmp_path: Path, ids: list[int]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 
 from runtime_context import F16, GROUP, Q8_0, SINKS, WINDOW, Context, LoadError, make_budgets, same_positions
-from tca_gguf import gguf_file, native
+from tca_gguf import gguf_file, kv, native
 from tca_gguf.budgets import DENSE, SLIDING
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM, N_EMBD, N_FF, N_VOCAB, N_SWA = 4, 4, 2, 64, 128, 256, 512, 40
@@ -116,6 +116,21 @@ def test_only_full_layers_have_regions(tca: Path, ids: list[int], whole) -> None
         assert (info.kv_bytes, info.kv_bytes_dense) == predicted
         assert predicted[1] == 4096 * len(FULL) * N_HEAD_KV * 2 * HEAD_DIM * 2
         assert [native.layer_slides(c.address, layer) for layer in range(N_LAYER)] == [layer not in FULL for layer in range(N_LAYER)]
+
+
+@pytest.mark.parametrize(("n_ctx", "n_ubatch", "kv_type"), [(4096, 512, "f16"), (1024, 64, "q8_0"), (300, 512, "f16")])
+def test_every_layer_counts_in_the_bytes(tca: Path, stock: Path, n_ctx: int, n_ubatch: int, kv_type: str) -> None:
+    shape, budgets = gguf_file.read_model(tca)
+    assert budgets is not None and shape.n_swa == N_SWA
+    expected, kind = kv.predicted(shape, budgets, n_ctx, kv_type, n_ubatch), kv.KV_TYPES[kv_type]
+    with Context(tca, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kind, type_v=kind, flash=1) as c:
+        assert kv.of_context(c.address) == expected
+        share = f"{expected.allocated / 2**20:.2f} MiB instead of {expected.stock / 2**20:.2f} MiB dense"
+        (line,) = [line for line in Context.lines if "ragged KV cache on" in line]
+        assert share in line and "2 of 4 layers have budgets" in line
+    with Context(stock, n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kind, type_v=kind, flash=1, swa_full=False) as c:
+        assert kv.of_context(c.address) == kv.KvBytes(False, expected.stock, expected.stock)
+    assert kv.stock(shape, FULL, n_ctx, kv_type, n_ubatch) == expected.stock
 
 
 @pytest.mark.parametrize("n_ubatch", [1, 33, 100])

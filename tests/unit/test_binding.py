@@ -162,6 +162,21 @@ def test_capture_keeps_an_exception() -> None:
     assert seen[0].shape == (1, 1, 1) and seen[0] == value[0]
 
 
+def test_an_interrupt_outside_of_the_callback_is_kept_too(monkeypatch) -> None:
+    capture = native.Capture(lambda layer: None)
+    ffi, lib = native._extension()
+    calls = []
+
+    def interrupted(self: native.Capture, layer: object) -> bool:
+        calls.append(layer)
+        raise KeyboardInterrupt  # as the signal handler does between two steps of Python
+
+    monkeypatch.setattr(native.Capture, "_on_layer", interrupted)
+    layer = ffi.new("struct tca_layer_qkv *")
+    assert lib.tca_gguf_on_layer(layer, capture._self) is False
+    assert calls and isinstance(capture.error, KeyboardInterrupt)
+
+
 def test_machine_limits() -> None:
     bandwidth, flops = native.machine_limits(1)
     assert 5e8 < bandwidth < 1e13 and 5e8 < flops < 1e13

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tca_gguf import gguf_file
 from tca_gguf.errors import TcaError
-from tca_gguf.gguf_file import embed_budgets, model_shape, read_budgets, strip_budgets
+from tca_gguf.gguf_file import embed_budgets, model_shape, open_header, read_budgets, strip_budgets
 
 U32, I32, F32, STR, ARRAY = (
     GGUFValueType.UINT32,
@@ -244,7 +244,6 @@ HOSTILE = [
     ("tca.probe", ([1] * (N_LAYER * N_HEAD_KV * HEAD_DIM), ARRAY, I32)),
     ("tca.probe", ([1.0] * (N_LAYER * N_HEAD_KV * HEAD_DIM - 1), ARRAY, F32)),
     ("tca.probe", ([float("nan")] * (N_LAYER * N_HEAD_KV * HEAD_DIM), ARRAY, F32)),
-    ("tca.kept_fraction", None),
     ("tca.kept_fraction", (-0.1, F32)),
     ("tca.kept_fraction", (1.1, F32)),
     ("tca.kept_fraction", (float("nan"), F32)),
@@ -377,3 +376,17 @@ def test_embedding_rejects_invalid_budgets_before_touching_anything(tmp_path):
         with pytest.raises(TcaError, match=r"tca\."):
             embed_budgets(path, path, bad)
     assert path.read_bytes() == original and os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_a_file_that_does_not_say_what_it_keeps_is_read(tmp_path):
+    """tca.kept_fraction is information: the runtime does not look at it."""
+    path, budgets = write_gguf(tmp_path / "m.gguf"), make_budgets()
+    embed_budgets(path, path, budgets)
+    reader = open_header(path)
+    whole, field = path.read_bytes(), reader.get_field("tca.kept_fraction")
+    start, end = field.offset, field.offset + sum(int(part.nbytes) for part in field.parts)
+    count = int.from_bytes(whole[16:24], "little") - 1
+    header = whole[:16] + count.to_bytes(8, "little") + whole[24:start] + whole[end : reader.data_offset]
+    path.write_bytes(header + bytes(-len(header) % 32) + whole[reader.data_offset :])
+    found = read_budgets(path)
+    assert found.kept_fraction == pytest.approx(float(np.nanmean(budgets.head_kept_fraction())))
