@@ -60,10 +60,10 @@ def run_pass(
         for start in range(0, len(tokens), session.n_batch):
             try:
                 session.decode(tokens[start : start + session.n_batch])
-            except TcaError:
-                if capture.error is None:
-                    raise
-                raise capture.error from None  # an exception in the callback aborts the pass; it is the cause
+            finally:
+                # the runtime ends the pass where the callback failed, and llama_decode calls that a success
+                if capture.error is not None:
+                    raise capture.error from None
     if done != total:
         raise TcaError(f"only {done} of {total} attention layers were captured; "
                        "this architecture does not use the plain attention path, or the native part is older than the package: "

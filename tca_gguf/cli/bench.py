@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,24 +68,47 @@ COLUMNS: tuple[tuple[str, int, Callable[[Row], str]], ...] = (
 )
 
 
-def line(texts: list[str]) -> str:
-    return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}" for text, (_, width, _) in zip(texts, COLUMNS, strict=True)).rstrip()
+# what a narrow terminal goes without, in this order; the first number is a column's place in COLUMNS
+DISPENSABLE = (10, 9, 8, 5, 3, 2)
+
+
+def columns_for(width: int | None, wanted: Collection[int] = ()) -> list[int]:
+    """Places of the columns that fit a terminal of ``width`` characters; None: no limit. wanted: not to be left out."""
+    chosen = list(range(len(COLUMNS)))
+    for place in DISPENSABLE:
+        if width is None or sum(abs(COLUMNS[i][1]) + 2 for i in chosen) - 2 <= width:
+            break
+        if place not in wanted:
+            chosen.remove(place)
+    return chosen
+
+
+def line(texts: list[str], places: Sequence[int]) -> str:
+    cells = [(text, COLUMNS[i][1]) for text, i in zip(texts, places, strict=True)]
+    return "  ".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}" for text, width in cells).rstrip()
 
 
 class Table:
     """Prints rows as they come: whoever waits for the largest depth sees the smaller ones."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, settings: Settings) -> None:
         self.console, self.shown = console, 0
+        wanted = ([2] if len(settings.kv_types) > 1 else []) + ([3] if len(settings.budgets) > 1 else [])
+        self.places = columns_for(console.width if console.is_terminal else None, wanted)
 
     def update(self, result: Result) -> None:
         if not self.shown:
-            self.console.print(line([name for name, _, _ in COLUMNS]), style="dim", soft_wrap=True)
+            self.console.print(line([COLUMNS[i][0] for i in self.places], self.places), style="dim", soft_wrap=True)
         for row in result.rows[self.shown :]:
-            text = line([say(row) for _, _, say in COLUMNS])
+            text = line([COLUMNS[i][2](row) for i in self.places], self.places)
             ratio = f"{row.ratio:.2f}x"
             self.console.print(text.replace(ratio, f"[{'green' if row.ratio >= 1 else 'red'}]{ratio}[/]", 1), soft_wrap=True)
         self.shown = len(result.rows)
+
+    def left_out(self) -> list[str]:
+        """A line about the columns that the terminal has no room for."""
+        names = [name for i, (name, _, _) in enumerate(COLUMNS) if i not in self.places]
+        return [f"no room here for: {', '.join(names)}; a wider terminal, a pipe and --save have them"] if names else []
 
 
 def conclusions(result: Result) -> list[str]:
@@ -124,7 +147,7 @@ def save(result: Result, path: Path) -> None:
 
 @click.command("bench")
 @model_argument
-@click.option("--depths", type=IntList(), default="4096,16384", show_default=True, help="Tokens in the cache before a test.")
+@click.option("--depths", type=IntList(), help="Tokens in the cache before a test.  [default: 4096,16384, or what the model was trained for]")
 @click.option("--kv-type", "kv_types", type=ChoiceList(list(KV_TYPES)), metavar="TYPE,...", default="f16", show_default=True, help=f"Types of the KV cache: {', '.join(KV_TYPES)}.")
 @click.option("--dense-kv", type=click.Choice(list(KV_TYPES)), help="Type of the dense runs' KV cache.  [default: the same as TCA's]")
 @click.option("--budgets", type=BudgetList(), metavar="file,dense,F,...", default=FILE, show_default=True,
@@ -144,7 +167,7 @@ def save(result: Result, path: Path) -> None:
 @json_option
 def bench_command(
     model: Path,
-    depths: tuple[int, ...],
+    depths: tuple[int, ...] | None,
     kv_types: tuple[str, ...],
     dense_kv: str | None,
     budgets: tuple[str, ...],
@@ -172,18 +195,19 @@ def bench_command(
       tca-gguf bench model.gguf --depths 512,2K,8K,32K --tests whole,decode --save raw.json --plot speed.png
       tca-gguf bench model.gguf --depths 16K --kv-type f16,q8_0 --dense-kv f16 --budgets file,dense,0.25 --json
     """
-    settings = Settings(depths, kv_types, repeat, n_gen, tests, fa, threads or 0, gpu_layers, budgets, dense_kv, passes)
+    settings = Settings(depths or (), kv_types, repeat, n_gen, tests, fa, threads or 0, gpu_layers, budgets, dense_kv, passes)
     for target in (raw, picture):
         if target is not None:
             check_target(target, 1 << 20)  # before the minutes of measuring
     console = out()
-    table = Table(console)
+    table = Table(console, settings)
 
     def on_depth(result: Result) -> None:
         if raw is not None:
             save(result, raw)
         if not as_json:
-            table.update(result)
+            with report.hidden():
+                table.update(result)
 
     with status_line() as report:
         result = run(model, settings, report, on_depth, verbose)
@@ -195,7 +219,7 @@ def bench_command(
         emit_json(result.as_json())
     elif result.rows:
         machine = result.hardware
-        for text in [f"{model.name}: {machine['cpu']}, {machine['threads']} threads, {machine['os']}", *conclusions(result)]:
+        for text in [f"{model.name}: {machine['cpu']}, {machine['threads']} threads, {machine['os']}", *conclusions(result), *table.left_out()]:
             console.print(text, style="dim", soft_wrap=True)
     if result.interrupted:
         raise click.Abort

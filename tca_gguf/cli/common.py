@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tca_gguf.errors import TcaError
@@ -68,10 +70,44 @@ def out() -> Console:
     return Console(highlight=False)
 
 
+EVERY = 5.0  # seconds between the lines of progress where stderr is no terminal
+
+
+class PlainProgress:
+    """Progress for a log: a line every few seconds, none for what is done sooner. now: seconds, for the tests."""
+
+    def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.now = console, now
+        self.started = self.said = now()
+
+    def due(self) -> bool:
+        """Whether it is time for another line; it is then taken as said."""
+        if self.now() - self.said < EVERY:
+            return False
+        self.said = self.now()
+        return True
+
+    def advance(self, done: int, total: int, label: str = "") -> None:
+        if self.due() and total > 0:
+            spent = self.now() - self.started
+            left = f", about {duration(spent * (total - done) / done)} left" if done else ""
+            self.console.print(f"{label + ': ' if label else ''}{100 * done // total}% after {duration(spent)}{left}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> "1:15"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
 def progress_bar(enabled: bool = True) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the time left on stderr; yields advance(done, total, label). Silent where stderr is no terminal."""
-    console = Console(stderr=True)
+    """A bar with the time left on stderr, a line every few seconds where that is no terminal; yields advance(done, total, label)."""
+    console = Console(stderr=True, highlight=False)
+    if enabled and not console.is_terminal:
+        yield PlainProgress(console).advance
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,7 +116,7 @@ def progress_bar(enabled: bool = True) -> Iterator[Callable[[int, int, str], Non
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not enabled or not console.is_terminal,
+        disable=not enabled,
         transient=True,
     )
     with bar:
@@ -92,19 +128,40 @@ def progress_bar(enabled: bool = True) -> Iterator[Callable[[int, int, str], Non
         yield advance
 
 
+class StatusLine:
+    """One line on stderr that changes; a line every few seconds where that is no terminal. Notes are always printed."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self.plain = PlainProgress(self.console)
+        self.status = self.console.status("") if self.console.is_terminal else None
+
+    def __call__(self, text: str) -> None:
+        if text.startswith("note: "):
+            self.console.print(text, markup=False)
+        elif self.status is not None:
+            self.status.update(escape(text))
+        elif self.plain.due():
+            self.console.print(text, markup=False)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """While something is printed on stdout, which is often the same terminal."""
+        if self.status is None:
+            yield
+            return
+        self.status.stop()
+        try:
+            yield
+        finally:
+            self.status.start()
+
+
 @contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """One line on stderr that changes; yields report(text). Without a terminal only notes are printed."""
-    console = Console(stderr=True, highlight=False)
-    with console.status("") as status:
-
-        def report(text: str) -> None:
-            if text.startswith("note: "):
-                console.print(text)
-            else:
-                status.update(text)
-
-        yield report
+def status_line() -> Iterator[StatusLine]:
+    line = StatusLine()
+    with line.status or nullcontext():
+        yield line
 
 
 def size(n_bytes: float) -> str:

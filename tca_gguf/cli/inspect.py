@@ -12,13 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tca_gguf import gguf_file
+from tca_gguf import gguf_file, kv
 from tca_gguf.budgets import Budgets
 from tca_gguf.errors import TcaError
 from tca_gguf.gguf_file import ModelShape
 
 from .common import emit_json, json_option, model_argument, out, size, tokens_short
 
+# a bound over 100% says nothing: an output can be wrong by its whole length and still keep it
+BOUND_TITLE = "at most that error, % (>100: no promise)"
 CONTEXTS = (8192, 32768, 131072)
 # dark blue to yellow, even in lightness steps: readable without colour vision too
 RAMP = ("#0d0887", "#46039f", "#7201a8", "#9c179e", "#bd3786", "#d8576b", "#ed7953", "#fb9f3a", "#fdca26", "#f0f921")
@@ -31,8 +33,8 @@ def describe(budgets: Budgets, shape: ModelShape) -> dict[str, Any]:
     bounds = budgets.calibration.bounds if budgets.calibration else None
     kv_bytes = {}
     for n_ctx in CONTEXTS:
-        tca, dense = budgets.kv_bytes(shape.head_dim_k, shape.head_dim_v, n_ctx)
-        kv_bytes[str(n_ctx)] = {"dense": dense, "tca": tca}
+        size_of = kv.predicted(shape, budgets, n_ctx)
+        kv_bytes[str(n_ctx)] = {"dense": size_of.stock, "tca": size_of.allocated}
     return {
         "kept_fraction": float(budgets.kept_fraction),
         "block_size": budgets.block_size,
@@ -52,6 +54,7 @@ def describe(budgets: Budgets, shape: ModelShape) -> dict[str, Any]:
             for head in range(shape.n_head_kv)
         ],
         "kv_bytes": kv_bytes,
+        "n_ctx_train": shape.n_ctx_train or None,
     }
 
 
@@ -61,6 +64,8 @@ def heat_map(values: np.ndarray, layers: list[int], title: str, top: float, widt
     cell = next((c for c in (5, 2) if 8 + n_head * c + 7 <= width), 1)
 
     def label(value: float) -> str:
+        if value > 1:
+            return ">100"
         return f"{value * 100:.0f}" if value > 0.0995 or value == 0 else f"{value * 100:.1f}"
 
     heads = "".join(f"{head:^{cell}}" for head in range(n_head)) if cell == 5 else " " * (n_head * cell)
@@ -107,8 +112,8 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
         errors = heat_map(calibration.errors, layers, "error of the attention output, %", top, console.width)
         lines = side_by_side(lines, errors, console.width)
         if calibration.bounds is not None:
-            top = max(float(calibration.bounds.max()), 1e-9)
-            lines = side_by_side(lines, heat_map(calibration.bounds, layers, "bound on that error, %", top, console.width), console.width)
+            top = min(max(float(calibration.bounds.max()), 1e-9), 1.0)
+            lines = side_by_side(lines, heat_map(calibration.bounds, layers, BOUND_TITLE, top, console.width), console.width)
     for line in lines:
         console.print(line, no_wrap=True, overflow="crop")
     console.print()
@@ -116,9 +121,11 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("context", "dense", "TCA", "share"):
         table.add_column(name, justify="right")
-    for n_ctx, kv in info["kv_bytes"].items():
-        table.add_row(tokens_short(int(n_ctx)), size(kv["dense"]), size(kv["tca"]), f"{kv['tca'] / kv['dense']:.0%}")
+    for n_ctx, row in info["kv_bytes"].items():
+        table.add_row(tokens_short(int(n_ctx)), size(row["dense"]), size(row["tca"]), f"{row['tca'] / row['dense']:.0%}")
     console.print(table)
+    if any(int(n_ctx) > shape.n_ctx_train > 0 for n_ctx in info["kv_bytes"]):
+        console.print(f"the model was trained for {tokens_short(shape.n_ctx_train)}; longer contexts are beyond that", style="dim")
 
 
 def plot(budgets: Budgets, shape: ModelShape, path: Path) -> None:

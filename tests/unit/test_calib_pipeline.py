@@ -152,9 +152,9 @@ class FakeSession:
                                   q=self.q[layer, :, first : self.n], k=self.k[layer, :, : self.n], v=self.v[layer, :, : self.n])  # fmt: skip
             try:
                 self.capture.callback(qkv)
-            except BaseException as error:  # as native.Capture does
+            except BaseException as error:  # as native.Capture does; llama_decode then ends the pass and calls it a success
                 self.capture.error = error
-                raise TcaError("llama_decode failed") from None
+                return
 
 
 def scores_of(keys, probe):
@@ -191,6 +191,16 @@ def test_capture_visits_every_layer_and_reports_progress(fake_native):
     again = new_table()
     run_capture(FakeSession, again, TEXT, "key-diff")
     assert (again.mean_error() == table.mean_error()).all() and table.mean_error().min() >= 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("no room"), TcaError("bad")])
+def test_what_fails_in_the_callback_is_what_comes_out(fake_native, error):
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_capture(FakeSession, new_table(), TEXT, "key-diff", fail)
+    assert caught.value is error
 
 
 def test_layers_that_slide_get_no_budget(fake_native, monkeypatch):

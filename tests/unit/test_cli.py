@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cli_runner import run
 from gguf_samples import N_HEAD_KV, N_LAYER, make_budgets, same_budgets, write_gguf
+from rich.console import Console
 
 from tca_gguf import bench as bench_logic
 from tca_gguf import demo as demo_logic
 from tca_gguf import gguf_file
+from tca_gguf.cli import bench as cli_bench
 from tca_gguf.cli import cli
 from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
@@ -228,7 +232,7 @@ def test_embed_elsewhere_and_dry_run(plain, calibrated, tmp_path):
 
 def test_inspect_json_shape(embedded):
     info = json.loads(run("inspect", embedded, "--json").stdout)
-    assert list(info) == ["kept_fraction", "block_size", "group_size", "window", "sinks", "metric", "heads", "kv_bytes"]
+    assert list(info) == ["kept_fraction", "block_size", "group_size", "window", "sinks", "metric", "heads", "kv_bytes", "n_ctx_train"]
     budgets = make_budgets()
     fractions, errors = budgets.head_kept_fraction(), budgets.calibration.errors
     assert len(info["heads"]) == N_LAYER * N_HEAD_KV
@@ -259,7 +263,7 @@ def test_inspect_without_calibration_has_null_errors(tmp_path):
     info = json.loads(run("inspect", str(path), "--json").stdout)
     assert {head["error"] for head in info["heads"]} == {head["bound"] for head in info["heads"]} == {None}
     shown = run("inspect", str(path)).stdout
-    assert "error of the attention output" not in shown and "bound on that error" not in shown
+    assert "error of the attention output" not in shown and "at most that error" not in shown
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "160"])
@@ -271,7 +275,7 @@ def test_inspect_heat_map(embedded, monkeypatch, columns):
     assert max(map(len, lines)) <= int(columns)
     text = result.stdout
     assert "kept, % of a head's evicted" in text and "128K" in text and "calibrated on 6000 tokens" in text
-    assert "error of the attention output" in text and "bound on that error" in text
+    assert "error of the attention output" in text and "at most that error" in text and "trained for" in text
     first = next(line for line in lines if re.match(r" +0 ", line))
     kept = make_budgets().head_kept_fraction()[0]
     numbers = [float(number) for number in first.split()[1 : 1 + N_HEAD_KV]]
@@ -363,6 +367,41 @@ def test_bench_that_is_interrupted_keeps_what_it_has(monkeypatch, tmp_path, opti
     assert result.exit_code == 130 and "interrupted" in result.stderr
     assert json.loads(raw.read_text())["interrupted"]
     assert json.loads(result.stdout)["interrupted"] if options else "Test CPU" in result.stdout
+
+
+@pytest.mark.parametrize(("width", "missing"), [(200, []), (80, ["budgets", "best", "attention ms", "GB/s", "GFLOP/s"]),
+                                                (60, ["KV", "budgets", "best", "attention ms", "GB/s", "GFLOP/s"])])  # fmt: skip
+def test_bench_fits_a_terminal(width, missing):
+    stream = io.StringIO()
+    table = cli_bench.Table(Console(file=stream, width=width, force_terminal=True, color_system=None), bench_logic.Settings())
+    table.update(BENCH)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= max(width, 67) and "1.50x" in lines[1]
+    assert [name for name in missing if name not in table.left_out()[0]] == [] if missing else table.left_out() == []
+
+
+def test_bench_keeps_the_columns_that_tell_rows_apart():
+    names = {cli_bench.COLUMNS[i][0] for i in cli_bench.columns_for(80, wanted=[2, 3])}
+    assert {"KV", "budgets", "test", "depth", "ratio"} <= names and "best" not in names
+
+
+def test_progress_without_a_terminal_is_a_line_every_few_seconds():
+    stream, clock = io.StringIO(), [0.0]
+    progress = cli_common.PlainProgress(Console(file=stream, width=80), now=lambda: clock[0])
+    for done in range(1, 21):
+        clock[0] += 1
+        progress.advance(done, 40, f"layer {done}")
+    assert stream.getvalue().splitlines() == [f"layer {n}: {5 * n // 2}% after 0:{n:02}, about 0:{40 - n:02} left" for n in (5, 10, 15, 20)]
+
+
+def test_a_status_line_steps_aside_for_rows(monkeypatch):
+    calls = []
+    line = cli_common.StatusLine()
+    line.status = SimpleNamespace(stop=lambda: calls.append("stop"), start=lambda: calls.append("start"), update=calls.append)
+    line("working [x]")
+    with line.hidden():
+        calls.append("row")
+    assert calls == ["working \\[x]", "stop", "row", "start"]
 
 
 def test_bench_checks_where_it_writes_first(monkeypatch, tmp_path):
