@@ -2,7 +2,7 @@
 #include "tca-error.h"
 
 #include "budgets/tca-budgets.h"
-#include "ops/tca-ops.h"
+#include "llama/tca-cpu-backend.h"
 #include "plan/tca-plan.h"
 
 #include "ggml.h"
@@ -23,14 +23,20 @@ const char * tca_last_error(void) {
 }
 
 const char * tca_build_info(void) {
-    static const std::string info = std::string(
+    static const auto text = [](const char * simd) { return std::string(
         "{\"version\": \"" TCA_PACKAGE_VERSION "\", \"upstream\": \"" TCA_UPSTREAM "\", \"upstream_commit\": \"" TCA_UPSTREAM_COMMIT
-        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": \"") + tca_cpu_simd() +
+        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": \"") + simd +
 #ifdef TCA_USE_CUDA
-        "\", \"cuda\": true}";
+        "\", \"cuda\": true}"; };
 #else
-        "\", \"cuda\": false}";
+        "\", \"cuda\": false}"; };
 #endif
+    const tca_cpu_functions * cpu = tca_cpu_functions_get();
+    if (cpu == nullptr) {  // not loaded yet
+        static const std::string info = text("none");
+        return info.c_str();
+    }
+    static const std::string info = text(cpu->simd());
     return info.c_str();
 }
 

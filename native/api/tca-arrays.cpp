@@ -2,12 +2,12 @@
 #include "tca-error.h"
 
 #include "budgets/tca-budgets.h"
-#include "cpu/tca-select.h"
+#include "llama/tca-cpu-backend.h"
+#include "metrics/tca-metric.h"
 #include "ops/tca-ops.h"
 #include "reference/tca-reference.h"
 
 #include "ggml-cpp.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cstring>
@@ -64,13 +64,16 @@ int32_t tca_select(tca_impl impl, const char * metric_name, const tca_group * gr
         return tca_reference_select(metric->name, *group, 0, nullptr, block_size, n_keep, keep_counts, counts, kept,
                 scores ? scores : unused.data());
     }
-    tca_select_scratch  scratch;
+    const tca_cpu_functions * cpu = tca_cpu_functions_get();
+    if (cpu == nullptr) {
+        return tca_fail(TCA_ERR_UNSUPPORTED, TCA_NO_CPU_BACKEND);
+    }
     std::vector<double> importance(n_tokens);
-    tca_importance(*metric, *group, 0, nullptr, scratch, importance.data());
+    const int32_t n_kept = cpu->select(metric, group, block_size, n_keep, keep_counts, counts, kept, importance.data());
     if (scores) {
         std::copy(importance.begin(), importance.end(), scores);
     }
-    return tca_select_tokens(importance.data(), n_tokens, block_size, n_keep, keep_counts, counts, scratch, kept);
+    return n_kept;
 }
 
 static void to_f32(ggml_type type, const void * src, float * dst, int64_t n) {
@@ -122,37 +125,37 @@ tca_status tca_attention(tca_impl impl, const float * q, const void * k, const v
     std::vector<int32_t> rows((size_t) n_head_kv*TCA_DESC_SIZE);
     int64_t first = 0;
     for (int32_t h = 0; h < n_head_kv; ++h) {
-        int32_t * d = &rows[(size_t) h*TCA_DESC_SIZE];
-        d[TCA_DESC_OFFSET] = first;
-        d[TCA_DESC_PAST]   = lengths[h] - n_tokens;
-        d[TCA_DESC_COUNT]  = n_tokens;
-        d[TCA_DESC_GROUP]  = -1;
-        d[TCA_DESC_CONFIG] = TCA_HEAD_DENSE;
-        d[TCA_DESC_USED]   = lengths[h];
+        tca_desc d;
+        d.offset = first;
+        d.past   = lengths[h] - n_tokens;
+        d.count  = n_tokens;
+        d.write(&rows[(size_t) h*TCA_DESC_SIZE]);
         first += lengths[h];
     }
 
-    const bool split = (int64_t) n_tokens*(n_head/n_head_kv) <= TCA_ATTN_PARTIAL_ROWS;
+    const bool split = tca_attn_splits(n_tokens, n_head, n_head_kv);
     ggml_tensor * node = split ?
-        tca_build_attn_split(ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, (longest + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, nullptr) :
+        tca_build_attn_split(ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, tca_attn_n_chunks(longest), nullptr) :
         tca_build_attn      (ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, nullptr);
 
-    std::vector<float> partial(split ? ggml_nelements(node->src[0]) : 0);
+    ggml_tensor *      partial_node = split ? tca_combine_node::of(node).partial : nullptr;
+    std::vector<float> partial(split ? ggml_nelements(partial_node) : 0);
     tq->data   = (void *) q;
     tk_->data  = (void *) k;
     tv_->data  = (void *) v;
     desc->data = rows.data();
     node->data = out;
     if (split) {
-        node->src[0]->data = partial.data();
+        partial_node->data = partial.data();
     }
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(gf, node);
 
-    ggml_cplan plan = ggml_graph_plan(gf, n_threads, nullptr);
-    std::vector<uint8_t> work(plan.work_size);
-    plan.work_data = work.data();
-    if (ggml_graph_compute(gf, &plan) != GGML_STATUS_SUCCESS) {
+    const ggml_backend_ptr backend = tca_cpu_backend_new(n_threads);
+    if (!backend) {
+        return tca_fail(TCA_ERR_UNSUPPORTED, TCA_NO_CPU_BACKEND);
+    }
+    if (ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
         return tca_fail(TCA_ERR_MEMORY, "the CPU backend failed to run the attention graph");
     }
     return TCA_OK;

@@ -1,6 +1,7 @@
 // C API: where the time of a forward pass goes, and the machine's limits to hold it against.
 #include "tca-error.h"
 
+#include "llama/tca-cpu-backend.h"
 #include "ops/tca-ops.h"
 
 #include "ggml.h"
@@ -52,8 +53,12 @@ tca_status tca_machine_limits(int32_t n_threads, double * read_bandwidth, double
     if (n_threads < 1 || n_threads > 1024) {
         return tca_fail(TCA_ERR_ARGUMENT, "n_threads is " + std::to_string(n_threads) + "; it must be from 1 to 1024");
     }
-    *read_bandwidth = tca_cpu_read_bandwidth(n_threads);
-    *fma_peak       = tca_cpu_fma_peak(n_threads);
+    const tca_cpu_functions * cpu = tca_cpu_functions_get();
+    if (cpu == nullptr) {
+        return tca_fail(TCA_ERR_UNSUPPORTED, TCA_NO_CPU_BACKEND);
+    }
+    *read_bandwidth = cpu->read_bandwidth(n_threads);
+    *fma_peak       = cpu->fma_peak(n_threads);
     return TCA_OK;
 }
 

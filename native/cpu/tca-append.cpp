@@ -1,21 +1,13 @@
-#include "ops/tca-ops.h"
+#include "tca-kernels.h"
 #include "tca-convert.h"
 
-// src: k, v, pos, k_cur, v_cur, desc
-void tca_cpu_append(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
-    ggml_tensor       * k     = dst->src[0];
-    ggml_tensor       * v     = dst->src[1];
-    ggml_tensor       * pos   = dst->src[2];
-    const ggml_tensor * k_cur = dst->src[3];
-    const ggml_tensor * v_cur = dst->src[4];
-    const ggml_tensor * desc  = dst->src[5];
-
-    const int     row    = tca_op_get_params(dst).row;
+void tca_cpu_append(ggml_tensor * node, int ith, int nth) {
+    const auto [k, v, pos, k_cur, v_cur, desc, row] = tca_append_node::of(node);
     const int64_t n_head = desc->ne[1];
 
     for (int64_t s = 0; s < desc->ne[2]; ++s) {
         for (int64_t h = 0; h < n_head; ++h) {
-            const int32_t * d = (const int32_t *) ((const char *) desc->data + h*desc->nb[1] + s*desc->nb[2] + row*desc->nb[3]);
+            const int32_t * d = tca_desc_of(desc, row, s, h);
             for (int64_t t = 0; t < d[TCA_DESC_COUNT]; ++t) {
                 if ((t*n_head + h) % nth != ith) {
                     continue;

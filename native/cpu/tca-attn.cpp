@@ -34,7 +34,7 @@ const char * tca_cpu_simd(void) {
     return TCA_SIMD_NAME;
 }
 
-void tca_cpu_attn(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
+void tca_cpu_attn(ggml_tensor * dst, int ith, int nth) {
     const tca_attn_args a(dst);
     const int64_t dk = a.k->ne[0], dv = a.v->ne[0];
     scratch_t & w = thread_scratch(dk, dv);
@@ -83,7 +83,7 @@ void tca_cpu_attn(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
 }
 
 // dst [head_dim_v + 2, n_chunks, n_head, n_tokens]
-void tca_cpu_attn_partial(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
+void tca_cpu_attn_partial(ggml_tensor * dst, int ith, int nth) {
     const tca_attn_args a(dst);
     const int64_t dk = a.k->ne[0], dv = a.v->ne[0];
     scratch_t & w = thread_scratch(dk, dv);
@@ -147,18 +147,14 @@ void tca_cpu_attn_partial(ggml_tensor * dst, int ith, int nth, void * /*userdata
     });
 }
 
-// src: (dst,) partial, desc
-void tca_cpu_attn_combine(ggml_tensor * dst, int ith, int nth, void * /*userdata*/) {
-    const int first = dst->view_src ? 1 : 0;
-    const ggml_tensor * partial = dst->src[first + 0];
-    const ggml_tensor * desc    = dst->src[first + 1];
-    const int     row = tca_op_get_params(dst).row;
+void tca_cpu_attn_combine(ggml_tensor * dst, int ith, int nth) {
+    const auto [partial, desc, row] = tca_combine_node::of(dst);
     const int64_t dv  = dst->ne[0];
     const int64_t gqa = dst->ne[1]/desc->ne[1];
 
     for (int64_t s = 0; s < desc->ne[2]; ++s) {
         for (int64_t q = ith; q < dst->ne[1]; q += nth) {
-            const int32_t * d = (const int32_t *) ((const char *) desc->data + (q/gqa)*desc->nb[1] + s*desc->nb[2] + row*desc->nb[3]);
+            const int32_t * d = tca_desc_of(desc, row, s, q/gqa);
             const int64_t n_chunks = (d[TCA_DESC_USED] + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK;
             for (int64_t t = d[TCA_DESC_TOKEN]; t < d[TCA_DESC_TOKEN] + d[TCA_DESC_COUNT]; ++t) {
                 const char * chunks = (const char *) partial->data + q*partial->nb[2] + t*partial->nb[3];

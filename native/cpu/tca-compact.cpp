@@ -1,5 +1,5 @@
-#include "ops/tca-ops.h"
 #include "tca-convert.h"
+#include "tca-kernels.h"
 #include "tca-observe.h"
 #include "tca-select.h"
 
@@ -15,19 +15,26 @@ static void move_rows(char * rows, size_t row_size, int64_t group, const int32_t
     memmove(to + n_kept*row_size, to + group_size*row_size, (used - group - group_size)*row_size);
 }
 
-// src: k, v, pos, desc, and q for metrics that look at queries
-void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
-    ggml_tensor       * k    = dst->src[0];
-    ggml_tensor       * v    = dst->src[1];
-    ggml_tensor       * pos  = dst->src[2];
-    const ggml_tensor * desc = dst->src[3];
+void tca_cpu_compact(ggml_tensor * node, int ith, int nth) {
+    const tca_compact_node a = tca_compact_node::of(node);
+    ggml_tensor * const k = a.k, * const v = a.v, * const pos = a.pos;
 
-    const tca_select_params & params = *(const tca_select_params *) userdata;
+    const tca_metric &          metric   = *tca_metric_by_id(a.tables.n.metric);
+    const bool                  observes = metric.needs & TCA_NEEDS_QUERIES;
+    const tca_tables::numbers & params   = a.tables.n;
+    const int64_t dim_k = k->ne[0];
+    const int64_t dim_v = v->ne[0];
+    const int     n     = params.group_size;
 
-    const tca_op_params op = tca_op_get_params(dst);
-    const int64_t dim_k    = k->ne[0];
-    const int64_t dim_v    = v->ne[0];
-    const int     n        = params.group_size;
+    const int       n_keep      = a.tables.configs->ne[0];
+    const int32_t * keep_counts = (const int32_t *) a.tables.configs->data;
+    const int32_t * configs     = keep_counts + n_keep;
+    const float   * probe       = a.tables.probe ? (const float *) a.tables.probe->data : nullptr;
+    tca_rope rope = { params.rope_type, 0, params.rope_scale, nullptr };
+    if (a.tables.freqs) {
+        rope.n_rot = 2*a.tables.freqs->ne[0];
+        rope.freqs = (const float *) a.tables.freqs->data;
+    }
 
     static thread_local tca_select_scratch   scratch;
     static thread_local std::vector<float>   keys;
@@ -38,9 +45,9 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
     static thread_local std::vector<int32_t> kept;
 
     int unit = 0;
-    for (int64_t s = 0; s < desc->ne[2]; ++s) {
-        for (int64_t h = 0; h < desc->ne[1]; ++h) {
-            const int32_t * d = (const int32_t *) ((const char *) desc->data + h*desc->nb[1] + s*desc->nb[2] + op.row*desc->nb[3]);
+    for (int64_t s = 0; s < a.desc->ne[2]; ++s) {
+        for (int64_t h = 0; h < a.desc->ne[1]; ++h) {
+            const int32_t * d = tca_desc_of(a.desc, a.row, s, h);
             if (d[TCA_DESC_COUNT] == 0 || d[TCA_DESC_GROUP] < 0 || d[TCA_DESC_CONFIG] == TCA_HEAD_DENSE || unit++ % nth != ith) {
                 continue;
             }
@@ -49,26 +56,25 @@ void tca_cpu_compact(ggml_tensor * dst, int ith, int nth, void * userdata) {
 
             importance.resize(n);
             kept.resize(n);
-            tca_group g = { n, (int32_t) dim_k, (int32_t) dim_v, params.layer, (int32_t) h, nullptr, nullptr, positions, &params.rope,
-                params.probe ? params.probe + h*dim_k : nullptr };
-            if (params.metric->needs & TCA_NEEDS_KEYS) {
+            tca_group g = { n, (int32_t) dim_k, (int32_t) dim_v, params.layer, (int32_t) h, nullptr, nullptr, positions, &rope,
+                probe ? probe + h*dim_k : nullptr };
+            if (metric.needs & TCA_NEEDS_KEYS) {
                 keys.resize(n*dim_k);
                 tca_rows_to_f32(k->type, (const char *) k->data + first*k->nb[1], keys.data(), n*dim_k);
                 g.keys = keys.data();
             }
-            if (params.metric->needs & TCA_NEEDS_VALUES) {
+            if (metric.needs & TCA_NEEDS_VALUES) {
                 values.resize(n*dim_v);
                 tca_rows_to_f32(v->type, (const char *) v->data + first*v->nb[1], values.data(), n*dim_v);
                 g.values = values.data();
             }
-            const bool observes = params.metric->needs & TCA_NEEDS_QUERIES;
             if (observes) {
                 observed.resize(n);
-                tca_observe(dst->src[4], k, d, h, desc->ne[1], op.scale, op.softcap, n, observe_scratch, observed.data());
+                tca_observe(a.q, k, d, h, a.desc->ne[1], a.scale, a.softcap, n, observe_scratch, observed.data());
             }
-            tca_importance(*params.metric, g, params.hadamard, observes ? observed.data() : nullptr, scratch, importance.data());
-            const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, params.n_keep, params.keep_counts,
-                    params.configs + (size_t) d[TCA_DESC_CONFIG]*params.n_keep, scratch, kept.data());
+            tca_importance(metric, g, params.hadamard, observes ? observed.data() : nullptr, scratch, importance.data());
+            const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, n_keep, keep_counts,
+                    configs + (size_t) d[TCA_DESC_CONFIG]*n_keep, scratch, kept.data());
 
             const int64_t group = d[TCA_DESC_GROUP];
             const int64_t used  = d[TCA_DESC_USED];

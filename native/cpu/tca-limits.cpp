@@ -1,7 +1,6 @@
 // What this machine can do at best, as the yardstick for the attention kernels: memory read and f32 multiply-adds by all
 // threads at once, in the widest vectors that the kernels use.
-#include "ops/tca-ops.h"
-
+#include "tca-kernels.h"
 #include "tca-simd.h"
 
 #include <algorithm>

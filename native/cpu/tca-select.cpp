@@ -77,7 +77,7 @@ void tca_importance(const tca_metric & metric, const tca_group & group, int hada
             }
         }
     }
-    metric.importance({ n, dim, group.head_dim_v, group.layer, group.head, needs_keys ? scratch.keys.data() : nullptr,
+    tca_importance_of(metric.id)({ n, dim, group.head_dim_v, group.layer, group.head, needs_keys ? scratch.keys.data() : nullptr,
             group.values, group.positions, group.probe, observed }, importance);
 }
 

@@ -1,7 +1,7 @@
 // Selection of one group on the CPU: importance of every token, then the tokens that stay.
 #pragma once
 
-#include "metrics/tca-metric.h"
+#include "metrics/tca-importance.h"
 
 #include <cstdint>
 #include <vector>

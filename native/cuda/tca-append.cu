@@ -100,16 +100,12 @@ static __global__ void append_kernel(tca_store s, append_args a) {
     }
 }
 
-// src: k, v, pos, k_cur, v_cur, desc
 void tca_cuda_append(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * k     = dst->src[0];
-    const ggml_tensor * v     = dst->src[1];
-    const ggml_tensor * k_cur = dst->src[3];
-    const ggml_tensor * v_cur = dst->src[4];
-    const tca_store s = tca_store_of(k, v, dst->src[5], tca_op_get_params(dst).row);
+    const auto [k, v, pos, k_cur, v_cur, desc, row] = tca_append_node::of(dst);
+    const tca_store s = tca_store_of(k, v, desc, row);
     const append_args a = { (const float *) k_cur->data, (const float *) v_cur->data,
         k_cur->nb[1]/sizeof(float), k_cur->nb[2]/sizeof(float), v_cur->nb[1]/sizeof(float), v_cur->nb[2]/sizeof(float),
-        (int32_t *) dst->src[2]->data, (int) k->ne[0], (int) v->ne[0] };
+        (int32_t *) pos->data, (int) k->ne[0], (int) v->ne[0] };
     const int64_t tokens = (k_cur->ne[2] + s.n_seqs - 1)/s.n_seqs;
     ggml_cuda_kernel_launch(append_kernel, ggml_cuda_kernel_launch_params(dim3(tokens, s.n_seqs), dim3(32, std::min(s.n_head_kv, 8)), 0, ctx.stream()), s, a);
 }

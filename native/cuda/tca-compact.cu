@@ -5,44 +5,6 @@
 
 #include "metrics/tca-metric.h"
 
-#include <map>
-#include <mutex>
-#include <string>
-
-// The tables are kept for the life of the process, one copy for equal content: a captured CUDA graph may refer to them.
-// n_probe: n_head_kv*head_dim if the metric uses a probe, else 0.
-static tca_select_args tables_on_device(int device, const tca_select_params & p, size_t n_probe) {
-    static std::mutex mutex;
-    static std::map<std::pair<int, std::string>, char *> tables;
-
-    std::string content;
-    const auto append = [&content](const auto * table, size_t n) {
-        const size_t at = content.size();
-        content.append((const char *) table, n*sizeof(*table));
-        return at;
-    };
-    const size_t freqs       = append(p.rope.freqs,  p.rope.type == TCA_ROPE_NONE ? 0 : p.rope.n_rot/2);
-    const size_t keep_counts = append(p.keep_counts, p.n_keep);
-    const size_t configs     = append(p.configs,     (size_t) p.n_configs*p.n_keep);
-    const size_t probe       = append(p.probe,       n_probe);
-
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto [it, fresh] = tables.emplace(std::make_pair(device, content), nullptr);
-    if (fresh) {
-        // on a stream of its own: the caller's may be capturing (in relaxed mode)
-        cudaStream_t stream;
-        CUDA_CHECK(cudaMalloc(&it->second, content.size()));
-        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA_CHECK(cudaMemcpyAsync(it->second, content.data(), content.size(), cudaMemcpyHostToDevice, stream));
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        CUDA_CHECK(cudaStreamDestroy(stream));
-    }
-    const char * data = it->second;
-    return { p.block_size, p.group_size, p.n_keep, p.hadamard, p.layer, p.rope.type, p.rope.n_rot, p.rope.scale,
-        (const float *) (data + freqs), (const int32_t *) (data + keep_counts), (const int32_t *) (data + configs),
-        (const float *) (data + probe) };
-}
-
 // value of i beats that of j: larger, or equal and newer
 static __device__ __forceinline__ bool beats(double vi, int i, double vj, int j) {
     return vi > vj || (vi == vj && i > j);
@@ -183,33 +145,36 @@ static __global__ void __launch_bounds__(1024, 1) move_kernel(const tca_store s,
     }
 }
 
-// src: k, v, pos, desc, and q for metrics that look at queries
-void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor       * k      = dst->src[0];
-    int32_t                 * pos    = (int32_t *) dst->src[2]->data;
-    const tca_select_params & params = *tca_op_select_params(dst);
-    const int                 dim    = k->ne[0];
+static tca_select_args select_args(const tca_tables & t) {
+    const int n_keep = t.configs->ne[0];
+    const int32_t * keep_counts = (const int32_t *) t.configs->data;
+    return { t.n.block_size, t.n.group_size, n_keep, t.n.hadamard, t.n.layer, t.n.rope_type, t.freqs ? (int) (2*t.freqs->ne[0]) : 0, t.n.rope_scale,
+        t.freqs ? (const float *) t.freqs->data : nullptr, keep_counts, keep_counts + n_keep,
+        t.probe ? (const float *) t.probe->data : nullptr };
+}
 
-    const tca_op_params   op = tca_op_get_params(dst);
-    const tca_store       s  = tca_store_of(k, dst->src[1], dst->src[3], op.row);
-    const size_t          n_probe = params.metric->needs & TCA_NEEDS_PROBE ? (size_t) s.n_head_kv*dim : 0;
-    const tca_select_args p  = tables_on_device(ctx.device, params, n_probe);
-    const size_t          n  = (size_t) s.n_seqs*s.n_head_kv;
+void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const tca_compact_node a      = tca_compact_node::of(dst);
+    const tca_metric     & metric = *tca_metric_by_id(a.tables.n.metric);
+    const tca_select_args  p      = select_args(a.tables);
+    const tca_store        s      = tca_store_of(a.k, a.v, a.desc, a.row);
+    const size_t           n      = (size_t) s.n_seqs*s.n_head_kv;
+    const int              dim    = a.k->ne[0];
+    int32_t              * pos    = (int32_t *) a.pos->data;
 
     tca_queries queries = {};
-    if (params.metric->needs & TCA_NEEDS_QUERIES) {
-        const ggml_tensor * q = dst->src[4];
-        queries.q       = (const float *) q->data;
-        queries.q_head  = q->nb[1]/sizeof(float);
-        queries.q_token = q->nb[2]/sizeof(float);
-        queries.gqa     = q->ne[1]/s.n_head_kv;
-        queries.scale   = op.scale;
-        queries.softcap = op.softcap;
+    if (metric.needs & TCA_NEEDS_QUERIES) {
+        queries.q       = (const float *) a.q->data;
+        queries.q_head  = a.q->nb[1]/sizeof(float);
+        queries.q_token = a.q->nb[2]/sizeof(float);
+        queries.gqa     = a.q->ne[1]/s.n_head_kv;
+        queries.scale   = a.scale;
+        queries.softcap = a.softcap;
     }
 
     ggml_cuda_pool_alloc<int32_t> kept      (ctx.pool(), n*(p.group_size + 1));
     ggml_cuda_pool_alloc<double>  importance(ctx.pool(), n*p.group_size);
-    tca_cuda_importance(ctx, s, pos, p, queries, *params.metric, dim, importance.get());
+    tca_cuda_importance(ctx, s, pos, p, queries, metric, dim, importance.get());
 
     const int smem = (p.group_size + p.group_size/p.block_size)*sizeof(double);
     CUDA_CHECK(cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(smem, 48*1024)));

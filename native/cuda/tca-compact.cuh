@@ -6,7 +6,7 @@
 
 struct tca_metric;
 
-// A copy of tca_select_params on the device, by value into kernels.
+// Numbers of a compaction node and its tables on the device, by value into kernels.
 struct tca_select_args {
     int             block_size, group_size, n_keep, hadamard;
     int             layer;
@@ -27,6 +27,6 @@ static __device__ __forceinline__ bool tca_compacts(const int32_t * d) {
 // queries: q, its strides, gqa, scale and softcap as the segment's attention has them, for metrics with TCA_NEEDS_QUERIES.
 // Double throughout: selection is a ranking, and the CPU must get the same one. Sums differ from the CPU's in their order,
 // hence in the last bits; equal tokens get bitwise equal importance, as there, so that ties go to the newer one on both.
-// Only for metrics that tca_cuda_has_metric() accepts (tca-kernels.cuh).
+// Only for metrics of TCA_CUDA_METRICS (tca-cuda-metrics.h).
 void tca_cuda_importance(ggml_backend_cuda_context & ctx, const tca_store & s, const int32_t * pos, const tca_select_args & p,
         const tca_queries & queries, const tca_metric & metric, int head_dim, double * importance);

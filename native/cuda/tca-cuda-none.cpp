@@ -1,7 +1,7 @@
 // For the HIP and MUSA builds of ggml-cuda, which have no TCA kernels: no node is taken, and the cache refuses the device.
 #include "tca-cuda.cuh"
 
-bool ggml_cuda_tca_handles(const struct ggml_tensor *) {
+bool ggml_cuda_tca_handles(int, const struct ggml_tensor *) {
     return false;
 }
 

@@ -4,9 +4,8 @@
 struct ggml_tensor;
 struct ggml_backend_cuda_context;
 
-// A TCA node that these kernels run: store types f32, f16, bf16, q8_0 and q4_0 (K and V each), head sizes 64, 80, 96, 128 and
-// 256 (the same for K and V), 1 to 16 query heads per KV head. False for every other node.
-bool ggml_cuda_tca_handles(const struct ggml_tensor * node);
+// A TCA node that these kernels run on this device (tca-cuda-supports.h). False for every other node.
+bool ggml_cuda_tca_handles(int device, const struct ggml_tensor * node);
 
 // Launches the node's kernels on the context's stream. Only for nodes that ggml_cuda_tca_handles() accepts.
 // Launch parameters depend on shapes and op_params alone, lengths are read from the descriptor on the device: CUDA graphs hold.

@@ -27,7 +27,7 @@ template <int D> constexpr int ring_bytes = WARPS*STEPS*2*tile_bytes<D>;
 constexpr float LIFT = 6.0f, SLACK = 3.0f;
 
 static __device__ __forceinline__ void mma_bytes(int * c, const uint32_t * a, const uint32_t * b) {
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    TCA_ASM("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
@@ -39,7 +39,7 @@ static __device__ __forceinline__ void mma_halfs(float * c, const half2 * a, con
 // 8x8 matrix of f16, two elements a lane
 static __device__ __forceinline__ half2 transpose(half2 x) {
     uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(*(const uint32_t *) &x));
+    TCA_ASM("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(*(const uint32_t *) &x));
     return *(const half2 *) &y;
 }
 
@@ -180,10 +180,10 @@ struct warp_ring {
         for (int i = 0; i < STEPS; ++i) {
             const int j = slot(i), at = threadIdx.x % 32*128, rows = min(TILE, n_slots - j);
             if (at < rows*row_k) {
-                asm volatile("prefetch.global.L2 [%0];" :: "l"(k + j*row_k + at));
+                TCA_ASM("prefetch.global.L2 [%0];" :: "l"(k + j*row_k + at));
             }
             if (i < STEPS - 1 && at < rows*row_v) {
-                asm volatile("prefetch.global.L2 [%0];" :: "l"(v + j*row_v + at));
+                TCA_ASM("prefetch.global.L2 [%0];" :: "l"(v + j*row_v + at));
             }
         }
     }

@@ -305,25 +305,18 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
 }
 
 tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial) {
-    const int first = partial->view_src ? 1 : 0;
-    const ggml_tensor * q    = partial->src[first];
-    const ggml_tensor * desc = partial->src[first + 3];
-    const int rows = q->ne[1]/desc->ne[1]*((q->ne[2] + desc->ne[2] - 1)/desc->ne[2]);
+    const tca_attn_node a = tca_attn_node::of(partial);
+    const int rows = a.gqa*((a.q->ne[2] + a.desc->ne[2] - 1)/a.desc->ne[2]);
     if (rows > 8) {
         return { 0, 0 };
     }
-    const bool quantized = tca_decode_is_quantized(partial->src[first + 1]->type, partial->src[first + 2]->type);
-    const int  per_sm    = quantized ? tca_decode_per_sm_quantized(q->ne[0]) : tca_decode_per_sm(q->ne[0], rows);
+    const bool quantized = tca_decode_is_quantized(a.k->type, a.v->type);
+    const int  per_sm    = quantized ? tca_decode_per_sm_quantized(a.q->ne[0]) : tca_decode_per_sm(a.q->ne[0], rows);
     return { per_sm*ggml_cuda_info().devices[device].nsm, quantized ? DECODE_CHUNK_MAX_QUANTIZED : DECODE_CHUNK_MAX };
 }
 
-// src: (dst,) partial, desc
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const int first = dst->view_src ? 1 : 0;
-    const ggml_tensor * partial = dst->src[first + 0];
-    const ggml_tensor * desc    = dst->src[first + 1];
-
-    const int row = tca_op_get_params(dst).row;
+    const auto [partial, desc, row] = tca_combine_node::of(dst);
     ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], dst->ne[2]), dim3(512), 0, ctx.stream()), (const float *) partial->data,
             partial->nb[2]/sizeof(float), partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
             dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), desc->ne[1], desc->ne[2],

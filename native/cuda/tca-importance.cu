@@ -2,7 +2,7 @@
 // their mean, the softmax of the last queries), then a warp a token.
 #include "tca-compact.cuh"
 
-#include "metrics/tca-metric.h"
+#include "tca-cuda-metrics.h"
 
 #include <cfloat>
 
@@ -344,23 +344,13 @@ static __global__ void __launch_bounds__(32*WARPS) importance_kernel(const impor
 
 using importance_kernel_fn = void (*)(const importance_args, double *);
 
-// The metrics that CUDA has; NULL: not this one.
 static importance_kernel_fn kernel_of(const tca_metric & metric) {
     switch (metric.id) {
-        case TCA_METRIC_KEY_DIFF:          return importance_kernel<key_diff>;
-        case TCA_METRIC_KEY_PROBE:         return importance_kernel<key_probe>;
-        case TCA_METRIC_KEY_NORM:          return importance_kernel<key_norm>;
-        case TCA_METRIC_VALUE_NORM:        return importance_kernel<value_norm>;
-        case TCA_METRIC_STREAMING:         return importance_kernel<streaming>;
-        case TCA_METRIC_RANDOM:            return importance_kernel<random_hash>;
-        case TCA_METRIC_OBSERVED_ATTN:     return importance_kernel<observed_attn>;
-        case TCA_METRIC_KEY_DIFF_OBSERVED: return importance_kernel<rank_sum>;
+#define CASE(id, kernel) case TCA_METRIC_##id: return importance_kernel<kernel>;
+        TCA_CUDA_METRICS(CASE)
+#undef CASE
     }
-    return nullptr;
-}
-
-bool tca_cuda_has_metric(const tca_metric & metric) {
-    return kernel_of(metric) != nullptr;
+    GGML_ABORT("tca: metric %s", metric.name);
 }
 
 void tca_cuda_importance(ggml_backend_cuda_context & ctx, const tca_store & s, const int32_t * pos, const tca_select_args & p,

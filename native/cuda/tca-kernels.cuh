@@ -7,6 +7,14 @@
 
 #include <type_traits>
 
+// Instructions of compute capability 8.0 and newer. Upstream's default list of architectures has older ones, too: their code must
+// compile, and never runs (TCA_CUDA_MIN_CC).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#    define TCA_ASM(...) __trap()
+#else
+#    define TCA_ASM(...) asm volatile(__VA_ARGS__)
+#endif
+
 // Tensors of a store and its descriptor, by value into kernels.
 struct tca_store {
     char          * k;
@@ -124,9 +132,10 @@ static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i
     }
 }
 
-// Which of the two decode kernels takes such a store.
+// Which of the two decode kernels takes such a store. By name: the quantized one knows these two blocks and no other.
 static inline bool tca_decode_is_quantized(ggml_type type_k, ggml_type type_v) {
-    return ggml_is_quantized(type_k) && ggml_is_quantized(type_v);
+    const auto is = [](ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0; };
+    return is(type_k) && is(type_v);
 }
 
 // Four bytes u0..u3, as halfs 1024 + u: (u0, u1) and (u2, u3).
@@ -173,7 +182,7 @@ static __device__ __forceinline__ uint4 tca_load8_f16(const char * row, int i) {
 
 // c += a*b in f32, a and b f16, two an entry: c [16, 8], a [16, 16] row-major, b [16, 8] column-major
 static __device__ __forceinline__ void tca_mma(float * c, const uint32_t * a, uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    TCA_ASM("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
@@ -183,22 +192,22 @@ static __device__ __forceinline__ uint32_t tca_smem(const void * p) {
 
 // 16 bytes, of which the first n come from src and the rest are zero.
 static __device__ __forceinline__ void tca_cp_async(uint32_t dst, const void * src, int n) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(n) : "memory");
+    TCA_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(n) : "memory");
 }
 
 // The same for 16 bytes, or nothing, without a branch.
 static __device__ __forceinline__ void tca_cp_async_if(bool condition, uint32_t dst, const void * src) {
-    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }"
+    TCA_ASM("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }"
         :: "r"(dst), "l"(src), "r"((int) condition) : "memory");
 }
 
 static __device__ __forceinline__ void tca_cp_async_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    TCA_ASM("cp.async.commit_group;" ::: "memory");
 }
 
 template <int n>
 static __device__ __forceinline__ void tca_cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" :: "n"(n) : "memory");
+    TCA_ASM("cp.async.wait_group %0;" :: "n"(n) : "memory");
 }
 
 // Calls f with the type as a compile-time constant: decltype(tag)::value.
@@ -217,7 +226,6 @@ static __device__ __forceinline__ void tca_with_type(int type, F && f) {
 // One file each.
 void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-bool tca_cuda_has_metric(const tca_metric & metric);  // compaction by it
 void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
 void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
 tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial);

@@ -55,6 +55,7 @@ typedef enum tca_status {
 TCA_API const char * tca_last_error(void);
 
 // One JSON object: {"version", "upstream", "upstream_commit", "patch", "compiler", "simd", "cuda"}. Static storage.
+// simd: what the CPU backend was compiled for, "none" before one is loaded.
 TCA_API const char * tca_build_info(void);
 
 // ---- budgets ---------------------------------------------------------------------------------------------------

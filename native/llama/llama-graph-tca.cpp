@@ -36,25 +36,12 @@ void llm_graph_input_attn_tca::set_input(const llama_ubatch * /*ubatch*/) {
     const llama_kv_cache_tca & kv   = *mctx_tca->get_kv();
     const tca_plan           & plan = kv.get_plan();
 
-    const uint32_t n_layer = plan.n_layer();
-    const uint32_t n_head  = plan.n_head_kv();
-
     int32_t * d = (int32_t *) desc->data;
     for (const auto & segment : mctx_tca->get_step()) {
-        for (uint32_t il = 0; il < n_layer; ++il) {
+        for (uint32_t il = 0; il < plan.n_layer(); ++il) {
             for (const auto & s : segment) {
-                for (uint32_t h = 0; h < n_head; ++h, d += TCA_DESC_SIZE) {
-                    const int64_t past   = plan.length(il, h, s.seg.before);
-                    const int32_t config = plan.kept(il, h) == (int32_t) plan.budgets.group_size ? TCA_HEAD_DENSE : plan.config(il, h);
-                    d[TCA_DESC_OFFSET] = s.stream*plan.slots(il) + plan.offset(il, h);
-                    d[TCA_DESC_PAST]   = past;
-                    d[TCA_DESC_TOKEN]  = s.token;
-                    d[TCA_DESC_COUNT]  = s.seg.n_tokens;
-                    d[TCA_DESC_POS]    = s.pos;
-                    d[TCA_DESC_GROUP]  = s.seg.compacts ? plan.next_group_slot(il, h, s.seg.before) : -1;
-                    d[TCA_DESC_CONFIG] = config;
-                    d[TCA_DESC_USED]   = past + s.seg.n_tokens;
-                }
+                plan.describe(il, s.stream, s.seg, s.token, s.pos, d);
+                d += plan.n_head_kv()*TCA_DESC_SIZE;
             }
         }
     }
@@ -129,13 +116,14 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
     const llama_kv_cache_tca::layer & layer = kv.get_layer(il);
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
-    const bool  split   = (int64_t) graph.ubatch.n_seq_tokens*(q->ne[1]/plan.n_head_kv()) <= TCA_ATTN_PARTIAL_ROWS;
+    const bool  split   = tca_attn_splits(graph.ubatch.n_seq_tokens, q->ne[1], plan.n_head_kv());
 
-    ggml_tensor * cur = nullptr;
+    ggml_tensor * cur   = nullptr;
+    ggml_tensor * store = layer.k;  // as the nodes before left it: what a segment reads is the result of the one before
     for (uint32_t i = 0; i < inp->n_segments; ++i) {
         const int row = i*plan.n_layer() + il;
 
-        ggml_tensor * k = tca_build_append(ctx, layer.k, layer.v, layer.pos, k_cur, v_cur, inp->desc, row);
+        ggml_tensor * k = tca_build_append(ctx, store, layer.v, layer.pos, k_cur, v_cur, inp->desc, row);
         graph.cb(k, "tca_append", il);
         ggml_build_forward_expand(gf, k);
 
@@ -146,10 +134,11 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
         ggml_build_forward_expand(gf, cur);
 
         if (inp->compacts && plan.layer_compacts(il)) {
-            ggml_tensor * compact = tca_build_compact(ctx, layer.k, layer.v, layer.pos, inp->desc, row, &layer.select, q, kq_scale, softcap);
-            graph.cb(compact, "tca_compact", il);
-            ggml_build_forward_expand(gf, compact);
+            k = tca_build_compact(ctx, k, layer.v, layer.pos, inp->desc, row, layer.tables, q, kq_scale, softcap);
+            graph.cb(k, "tca_compact", il);
+            ggml_build_forward_expand(gf, k);
         }
+        store = k;
     }
     return ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
 }

@@ -1,6 +1,7 @@
 #include "llama-kv-cache-tca.h"
 
 #include "llama-model-tca.h"
+#include "tca-device.h"
 #include "tca-rope.h"
 
 #include "cpu/tca-pages.h"
@@ -52,46 +53,9 @@ static int hadamard_size_v(ggml_type type, uint32_t head_dim) {
     return ggml_is_quantized(type) && head_dim % 64 == 0 ? 64 : 0;
 }
 
-static void check_type(ggml_type type, uint32_t head_dim, const char * what) {
-    if (head_dim % ggml_blck_size(type) != 0) {
-        throw std::runtime_error(format("tca: %s cache type %s needs a head size divisible by %d, this model has %u; use f16",
-                what, ggml_type_name(type), (int) ggml_blck_size(type), head_dim));
-    }
-    if (ggml_get_type_traits_cpu(type)->from_float == nullptr ||
-            (type != GGML_TYPE_F32 && ggml_get_type_traits(type)->to_float == nullptr)) {
-        throw std::runtime_error(format("tca: %s cache type %s is not supported; use f16, q8_0 or q4_0", what, ggml_type_name(type)));
-    }
-}
-
-// Refuses a device that lacks the ops, instead of letting the scheduler move the attention to the CPU.
-static void check_device(ggml_backend_dev_t dev, ggml_type type_k, ggml_type type_v, uint32_t head_dim_k, uint32_t head_dim_v,
-        const tca_select_params & select) {
-    const ggml_init_params params = { 32*ggml_tensor_overhead(), nullptr, true };
-    ggml_context_ptr ctx { ggml_init(params) };
-    ggml_tensor * k    = ggml_new_tensor_2d(ctx.get(), type_k, head_dim_k, 64);
-    ggml_tensor * v    = ggml_new_tensor_2d(ctx.get(), type_v, head_dim_v, 64);
-    ggml_tensor * pos  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 64);
-    ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, 1, 1, 1);
-    ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim_k, 1, 1);
-    ggml_tensor * kc   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim_k, 1, 1);
-    ggml_tensor * vc   = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, head_dim_v, 1, 1);
-    ggml_tensor * nodes[] = {
-        tca_build_append(ctx.get(), k, v, pos, kc, vc, desc, 0),
-        tca_build_attn(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, nullptr),
-        tca_build_attn_split(ctx.get(), q, k, v, desc, 0, 1.0f, 0.0f, 1, nullptr),
-        tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f),
-    };
-    for (ggml_tensor * node : nodes) {
-        if (!ggml_backend_dev_supports_op(dev, node)) {
-            throw std::runtime_error(format("tca: device %s (%s) cannot run the TCA ops with this model, these cache types and metric %s; keep the KV "
-                    "cache on the CPU (--no-kv-offload), keep the layers there (-ngl 0), or load with --override-kv tca.enabled=bool:false",
-                    ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), select.metric->name));
-        }
-    }
-}
-
 llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cparams & cparams, ggml_type type_k, ggml_type type_v) :
-        model(model), plan(model.tca->budgets, cparams.n_ctx_seq), type_k(type_k), type_v(type_v) {
+        model(model), plan(model.tca->budgets, cparams.n_ctx_seq), type_k(type_k), type_v(type_v),
+        tables(plan.n_layer()) {
     const llama_hparams & hparams = model.hparams;
 
     const uint32_t n_layer = plan.n_layer();
@@ -109,18 +73,48 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
             continue;
         }
         layer & l = layers[il];
-        l.select.metric = tca_metric_find(plan.budgets.metric.c_str());  // known: the budgets were checked
-        l.select.layer  = il;
-
         const uint32_t head_dim_k = hparams.n_embd_head_k(il);
         const uint32_t head_dim_v = hparams.n_embd_head_v(il);
-        check_type(type_k, head_dim_k, "K");
-        check_type(type_v, head_dim_v, "V");
+        const tca_layer_shape shape = { type_k, type_v, head_dim_k, head_dim_v, hparams.n_head(il), hparams.n_head_kv(il) };
+        const auto refuse = [](const std::string & problem) {
+            if (!problem.empty()) {
+                throw std::runtime_error("tca: " + problem);
+            }
+        };
+        refuse(tca_types_problem(shape));
+
+        const int layer_rot_k = hadamard_size_k(type_k, head_dim_k);
+        const int layer_rot_v = hadamard_size_v(type_v, head_dim_v);
+        if (!first && (layer_rot_k != rot_k || layer_rot_v != rot_v)) {
+            throw std::runtime_error("tca: quantized caches need the same head size in every layer; use f16");
+        }
+        rot_k = layer_rot_k;
+        rot_v = layer_rot_v;
+        first = false;
+
+        std::vector<float> freqs;
+        tca_select_params  select;
+        select.metric      = tca_metric_find(plan.budgets.metric.c_str());  // known: the budgets were checked
+        select.layer       = il;
+        select.block_size  = plan.budgets.block_size;
+        select.group_size  = plan.budgets.group_size;
+        select.n_keep      = plan.budgets.keep_counts.size();
+        select.n_configs   = plan.budgets.configs.size()/plan.budgets.keep_counts.size();
+        select.keep_counts = plan.budgets.keep_counts.data();
+        select.configs     = plan.budgets.configs.data();
+        select.hadamard    = rot_k;
+        select.probe       = plan.budgets.probe.empty() ? nullptr : &plan.budgets.probe[(size_t) il*plan.n_head_kv()*head_dim_k];
+        if (hparams.no_alloc) {
+            const bool rotates = hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.n_rot(il) > 0;  // the size alone counts
+            select.rope = { rotates ? TCA_ROPE_NORM : TCA_ROPE_NONE, (int32_t) hparams.n_rot(il), 1.0f, nullptr };
+        } else {
+            select.rope = llama_tca_rope(model, cparams, il, freqs);
+        }
 
         ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
         if (cparams.offload_kqv) {
             ggml_backend_dev_t dev = model.dev_layer(il);
-            check_device(dev, type_k, type_v, head_dim_k, head_dim_v, layers[il].select);
+            refuse(tca_device_problem(dev, shape, select));
             buft = ggml_backend_dev_buffer_type(dev);
         }
 
@@ -139,27 +133,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         ggml_format_name(l.k,   "cache_tca_k_l%d",   il);
         ggml_format_name(l.v,   "cache_tca_v_l%d",   il);
         ggml_format_name(l.pos, "cache_tca_pos_l%d", il);
-
-        const int layer_rot_k = hadamard_size_k(type_k, head_dim_k);
-        const int layer_rot_v = hadamard_size_v(type_v, head_dim_v);
-        if (!first && (layer_rot_k != rot_k || layer_rot_v != rot_v)) {
-            throw std::runtime_error("tca: quantized caches need the same head size in every layer; use f16");
-        }
-        rot_k = layer_rot_k;
-        rot_v = layer_rot_v;
-        first = false;
-
-        l.select.block_size  = plan.budgets.block_size;
-        l.select.group_size  = plan.budgets.group_size;
-        l.select.n_keep      = plan.budgets.keep_counts.size();
-        l.select.n_configs   = plan.budgets.configs.size()/plan.budgets.keep_counts.size();
-        l.select.keep_counts = plan.budgets.keep_counts.data();
-        l.select.configs     = plan.budgets.configs.data();
-        l.select.hadamard    = rot_k;
-        l.select.probe       = plan.budgets.probe.empty() ? nullptr : &plan.budgets.probe[(size_t) il*plan.n_head_kv()*head_dim_k];
-        if (!hparams.no_alloc) {
-            l.select.rope = llama_tca_rope(model, cparams, il, l.rope_freqs);
-        }
+        l.tables = tables.add(buft, select, std::move(freqs), head_dim_k, plan.n_head_kv());
     }
     for (int n : { rot_k, rot_v }) {
         if (n > 0) {
@@ -186,6 +160,9 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         }
         ggml_backend_buffer_clear(buf, 0);
         ctxs_bufs.emplace_back(std::move(ctx), buf);
+    }
+    if (!tables.alloc(hparams.no_alloc)) {
+        throw std::runtime_error("tca: failed to allocate the selection tables; lower n_ctx or use a smaller cache type");
     }
 }
 
@@ -224,6 +201,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_kv_cache_tca::memory_breakdow
         res[buft] += model.hparams.no_alloc ?
             ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
     }
+    tables.breakdown(res);
     return res;
 }
 

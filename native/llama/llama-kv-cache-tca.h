@@ -3,6 +3,7 @@
 
 #include "ops/tca-ops.h"
 #include "plan/tca-plan.h"
+#include "tca-tables.h"
 
 #include "ggml-cpp.h"
 #include "llama-batch.h"
@@ -24,8 +25,7 @@ public:
         ggml_tensor * v   = nullptr;  // [head_dim_v, n_stream*slots]
         ggml_tensor * pos = nullptr;  // I32 [n_stream*slots]
 
-        std::vector<float> rope_freqs;
-        tca_select_params  select;
+        tca_tables tables;
     };
 
     struct stream {
@@ -108,6 +108,7 @@ private:
     mutable std::vector<stream_copy> copies;  // in order, done before the next graph or state access
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    llama_tca_tables tables;
 
     bool can_rm(const stream & s, llama_pos p0, llama_pos p1) const;
     void rm    (stream & s, llama_pos p0, llama_pos p1);

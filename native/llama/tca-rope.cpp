@@ -1,15 +1,17 @@
 #include "tca-rope.h"
 
+#include "tca-cpu-backend.h"
+
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-model.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
-#include "ggml-cpu.h"
 
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 tca_rope llama_tca_rope(const llama_model & model, const llama_cparams & cparams, int il, std::vector<float> & freqs) {
     const llama_hparams & hparams = model.hparams;
@@ -48,7 +50,10 @@ tca_rope llama_tca_rope(const llama_model & model, const llama_cparams & cparams
             cparams.yarn_attn_factor, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
     ggml_cgraph * gf = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(gf, y);
-    ggml_graph_compute_with_ctx(ctx.get(), gf, 1);
+    const ggml_backend_ptr backend = tca_cpu_backend_new(1);
+    if (!backend || ggml_backend_graph_compute(backend.get(), gf) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error(std::string("tca: ") + TCA_NO_CPU_BACKEND);
+    }
 
     const float * out = (const float *) y->data;
     freqs.resize(n_rot/2);

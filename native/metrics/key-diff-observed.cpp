@@ -1,5 +1,5 @@
 // key-diff+observed: the sum of a token's ranks in its group by key-diff and by observed-attn. Equal tokens have equal ranks.
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <algorithm>
 #include <vector>

@@ -1,6 +1,6 @@
 // key-diff: 1 - cos(key, mean key of the group), both before RoPE. A key that points elsewhere than its neighbours stays.
 // Source: KeyDiff (Park et al. 2025, arXiv 2504.15364), with the mean of the group in place of the whole cache's.
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <cmath>
 #include <vector>

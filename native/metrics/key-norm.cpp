@@ -1,5 +1,5 @@
 // key-norm: minus the length of the key. Small keys draw much attention in many models (Devoto et al. 2024, arXiv 2406.11430).
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <cfloat>
 #include <cmath>

@@ -1,6 +1,6 @@
 // key-probe: the key before RoPE times a vector of its head, which calibration fitted to the logarithm of what a token adds to
 // later outputs (tca.probe; docs/calibration.md). A dot product a token, and no queries.
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <cfloat>
 #include <cmath>

@@ -1,6 +1,6 @@
 // observed-attn: the attention that the token gets from the last queries of the segment after which its group is compacted. The
 // baseline of methods that look at attention (SnapKV, Li et al. 2024, arXiv 2404.14469, has the queries at the prompt's end).
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <cmath>
 

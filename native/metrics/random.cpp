@@ -1,5 +1,5 @@
 // random: a hash of position, layer and head, even in [0, 1). The baseline of every other metric; the same on every run.
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 void tca_metric_random(const tca_metric_input & in, double * importance) {
     for (int t = 0; t < in.n_tokens; ++t) {

@@ -1,5 +1,5 @@
 // value-norm: the length of the value, the most that a token can add to the output.
-#include "tca-metric.h"
+#include "tca-importance.h"
 
 #include <cmath>
 

@@ -1,24 +1,21 @@
-// What a TCA node carries, for every backend; lives in ggml-base.
+// What a TCA node carries: its numbers, and its sources by name.
 #include "tca-ops.h"
 
+#include "ggml-impl.h"
+
+#include <cstddef>
 #include <cstring>
+#include <type_traits>
 
-// ggml keeps { function, n_tasks, userdata } at the start of a custom node's op_params
-struct custom_header {
-    ggml_custom_op_t fun;
-    int              n_tasks;
-    void           * userdata;
-};
-
-static_assert(sizeof(custom_header) + sizeof(tca_op_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
-
-void tca_op_set_params(ggml_tensor * node, const tca_op_params & params) {
-    memcpy((char *) node->op_params + sizeof(custom_header), &params, sizeof(params));
-}
+static_assert(sizeof(tca_op_params) <= GGML_MAX_OP_PARAMS, "op_params too small");
+static_assert(std::is_trivially_copyable<tca_op_params>::value, "op_params are bytes");
+static_assert(offsetof(tca_op_params, no_function) == offsetof(ggml_custom_op_params, fun) &&
+    sizeof(tca_op_params::no_function) == sizeof(ggml_custom_op_params::fun), "where ggml keeps the function");
+static_assert(offsetof(tca_op_params, n_tasks) == offsetof(ggml_custom_op_params, n_tasks), "where ggml keeps the number of tasks");
 
 tca_op_params tca_op_get_params(const ggml_tensor * node) {
     tca_op_params params;
-    memcpy(&params, (const char *) node->op_params + sizeof(custom_header), sizeof(params));
+    memcpy(&params, node->op_params, sizeof(params));
     return params;
 }
 
@@ -27,11 +24,47 @@ tca_op tca_op_of(const ggml_tensor * node) {
         return TCA_OP_NONE;
     }
     const tca_op_params params = tca_op_get_params(node);
-    return params.magic == TCA_MAGIC ? (tca_op) params.op : TCA_OP_NONE;
+    return params.magic == TCA_MAGIC && params.no_function == 0 ? params.op : TCA_OP_NONE;
 }
 
-const tca_select_params * tca_op_select_params(const ggml_tensor * node) {
-    custom_header header;
-    memcpy(&header, node->op_params, sizeof(header));
-    return (const tca_select_params *) header.userdata;
+// The first source behind the destination that an in-place node carries.
+static ggml_tensor * const * sources(const ggml_tensor * node) {
+    return node->src + (node->view_src ? 1 : 0);
+}
+
+tca_append_node tca_append_node::of(const ggml_tensor * node) {
+    ggml_tensor * const * src = node->src;  // k is the destination
+    return { src[0], src[1], src[2], src[3], src[4], src[5], tca_op_get_params(node).row };
+}
+
+tca_attn_node tca_attn_node::of(const ggml_tensor * node) {
+    ggml_tensor * const * src = sources(node);
+    const tca_op_params   p   = tca_op_get_params(node);
+    return { src[0], src[1], src[2], src[3], p.row, p.scale, p.softcap, p.n_chunks, src[0]->ne[1]/src[3]->ne[1] };
+}
+
+tca_combine_node tca_combine_node::of(const ggml_tensor * node) {
+    ggml_tensor * const * src = sources(node);
+    return { src[0], src[1], tca_op_get_params(node).row };
+}
+
+tca_compact_node tca_compact_node::of(const ggml_tensor * node) {
+    ggml_tensor * const * src = node->src;  // k is the destination
+    const tca_op_params   p   = tca_op_get_params(node);
+    return { src[0], src[1], src[2], src[3], { src[4], src[5], src[6], p.select }, src[7], p.row, p.scale, p.softcap };
+}
+
+void tca_desc::write(int32_t * fields) const {
+    fields[TCA_DESC_OFFSET] = offset;
+    fields[TCA_DESC_PAST]   = past;
+    fields[TCA_DESC_TOKEN]  = token;
+    fields[TCA_DESC_COUNT]  = count;
+    fields[TCA_DESC_POS]    = pos;
+    fields[TCA_DESC_GROUP]  = group;
+    fields[TCA_DESC_CONFIG] = config;
+    fields[TCA_DESC_USED]   = past + count;
+}
+
+const int32_t * tca_desc_of(const ggml_tensor * desc, int row, int64_t seq, int64_t head) {
+    return (const int32_t *) ((const char *) desc->data + head*desc->nb[1] + seq*desc->nb[2] + row*desc->nb[3]);
 }

@@ -1,10 +1,22 @@
-// Builders of the nodes. They name the CPU kernels, hence their place in the CPU backend's library.
+// Builders of the nodes, and of the tables that compaction reads.
 #include "tca-ops.h"
 
 #include "metrics/tca-metric.h"
 
-static ggml_tensor * finish(ggml_tensor * node, const tca_op_params & params) {
-    tca_op_set_params(node, params);
+#include "ggml-backend.h"
+
+#include <cstring>
+
+// A new node, or one that writes into dst. n_args: sources behind dst.
+static ggml_tensor * make_node(ggml_context * ctx, ggml_tensor * dst, const int64_t * ne, ggml_tensor ** args, int n_args,
+        tca_op_params params) {
+    ggml_tensor * node = dst ?
+        ggml_custom_inplace(ctx, dst, args, n_args, nullptr, GGML_N_TASKS_MAX, nullptr) :
+        ggml_custom_4d(ctx, GGML_TYPE_F32, ne[0], ne[1], ne[2], ne[3], args, n_args, nullptr, GGML_N_TASKS_MAX, nullptr);
+    params.n_tasks = GGML_N_TASKS_MAX;
+    params.magic   = TCA_MAGIC;
+    memset(node->op_params, 0, sizeof(node->op_params));
+    memcpy(node->op_params, &params, sizeof(params));
     return node;
 }
 
@@ -17,6 +29,16 @@ static void check_queries(const ggml_tensor * q, const ggml_tensor * k, const gg
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && q->ne[1] % desc->ne[1] == 0);
 }
 
+static tca_op_params params_of(tca_op op, int row, float scale, float softcap, int n_chunks) {
+    tca_op_params params = {};
+    params.op       = op;
+    params.row      = row;
+    params.scale    = scale;
+    params.softcap  = softcap;
+    params.n_chunks = n_chunks;
+    return params;
+}
+
 ggml_tensor * tca_build_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * pos, ggml_tensor * k_cur,
         ggml_tensor * v_cur, ggml_tensor * desc, int row) {
     check_store(k, v, desc, row);
@@ -24,8 +46,7 @@ ggml_tensor * tca_build_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor 
     GGML_ASSERT(v_cur->type == GGML_TYPE_F32 && v_cur->nb[0] == sizeof(float) && v_cur->ne[0] == v->ne[0]);
     GGML_ASSERT(k_cur->ne[1] == desc->ne[1] && v_cur->ne[1] == desc->ne[1]);
     ggml_tensor * args[] = { v, pos, k_cur, v_cur, desc };
-    return finish(ggml_custom_inplace(ctx, k, args, 5, tca_cpu_append, GGML_N_TASKS_MAX, nullptr),
-            { TCA_MAGIC, TCA_OP_APPEND, row, 0.0f, 0.0f, 0 });
+    return make_node(ctx, k, nullptr, args, 5, params_of(TCA_OP_APPEND, row, 0.0f, 0.0f, 0));
 }
 
 ggml_tensor * tca_build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc, int row,
@@ -33,10 +54,8 @@ ggml_tensor * tca_build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * 
     check_store(k, v, desc, row);
     check_queries(q, k, desc);
     ggml_tensor * args[] = { q, k, v, desc };
-    ggml_tensor * node = dst ?
-        ggml_custom_inplace(ctx, dst, args, 4, tca_cpu_attn, GGML_N_TASKS_MAX, nullptr) :
-        ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2], 1, args, 4, tca_cpu_attn, GGML_N_TASKS_MAX, nullptr);
-    return finish(node, { TCA_MAGIC, TCA_OP_ATTN, row, scale, softcap, 0 });
+    const int64_t ne[]   = { v->ne[0], q->ne[1], q->ne[2], 1 };
+    return make_node(ctx, dst, ne, args, 4, params_of(TCA_OP_ATTN, row, scale, softcap, 0));
 }
 
 ggml_tensor * tca_build_attn_split(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc,
@@ -45,27 +64,60 @@ ggml_tensor * tca_build_attn_split(ggml_context * ctx, ggml_tensor * q, ggml_ten
     check_queries(q, k, desc);
     ggml_tensor * args[] = { q, k, v, desc };
     // per chunk and query: the unnormalised output, then the running maximum and sum of its softmax
-    ggml_tensor * partial = finish(
-            ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0] + 2, n_chunks, q->ne[1], q->ne[2], args, 4, tca_cpu_attn_partial,
-                GGML_N_TASKS_MAX, nullptr),
-            { TCA_MAGIC, TCA_OP_ATTN_PARTIAL, row, scale, softcap, n_chunks });
+    const int64_t ne_partial[] = { v->ne[0] + 2, n_chunks, q->ne[1], q->ne[2] };
+    ggml_tensor * partial = make_node(ctx, nullptr, ne_partial, args, 4, params_of(TCA_OP_ATTN_PARTIAL, row, scale, softcap, n_chunks));
 
     ggml_tensor * args_combine[] = { partial, desc };
-    ggml_tensor * node = dst ?
-        ggml_custom_inplace(ctx, dst, args_combine, 2, tca_cpu_attn_combine, GGML_N_TASKS_MAX, nullptr) :
-        ggml_custom_4d(ctx, GGML_TYPE_F32, v->ne[0], q->ne[1], q->ne[2], 1, args_combine, 2, tca_cpu_attn_combine,
-                GGML_N_TASKS_MAX, nullptr);
-    return finish(node, { TCA_MAGIC, TCA_OP_ATTN_COMBINE, row, scale, softcap, n_chunks });
+    const int64_t ne[] = { v->ne[0], q->ne[1], q->ne[2], 1 };
+    return make_node(ctx, dst, ne, args_combine, 2, params_of(TCA_OP_ATTN_COMBINE, row, scale, softcap, n_chunks));
 }
 
 ggml_tensor * tca_build_compact(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * pos, ggml_tensor * desc,
-        int row, const tca_select_params * params, ggml_tensor * q, float scale, float softcap) {
+        int row, const tca_tables & tables, ggml_tensor * q, float scale, float softcap) {
     check_store(k, v, desc, row);
-    const bool observes = params->metric->needs & TCA_NEEDS_QUERIES;
+    const tca_metric * metric   = tca_metric_by_id(tables.n.metric);
+    const bool         observes = metric && (metric->needs & TCA_NEEDS_QUERIES);
     if (observes) {
         check_queries(q, k, desc);
     }
-    ggml_tensor * args[] = { v, pos, desc, q };
-    return finish(ggml_custom_inplace(ctx, k, args, observes ? 4 : 3, tca_cpu_compact, GGML_N_TASKS_MAX, const_cast<tca_select_params *>(params)),
-            { TCA_MAGIC, TCA_OP_COMPACT, row, observes ? scale : 0.0f, observes ? softcap : 0.0f, 0 });
+    ggml_tensor * args[] = { v, pos, desc, tables.configs, tables.freqs, tables.probe, observes ? q : nullptr };
+    tca_op_params params = params_of(TCA_OP_COMPACT, row, observes ? scale : 0.0f, observes ? softcap : 0.0f, 0);
+    params.select = tables.n;
+    return make_node(ctx, k, nullptr, args, 7, params);
+}
+
+tca_tables tca_tables_new(ggml_context * ctx, const tca_select_params & params, int64_t head_dim_k, int64_t n_head_kv,
+        ggml_tensor * configs) {
+    const unsigned needs = params.metric->needs;
+    tca_tables t;
+    t.configs = configs ? configs : ggml_new_tensor_2d(ctx, GGML_TYPE_I32, params.n_keep, 1 + params.n_configs);
+    if ((needs & TCA_NEEDS_KEYS) && params.rope.type != TCA_ROPE_NONE) {
+        t.freqs = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, params.rope.n_rot/2);
+    }
+    if (needs & TCA_NEEDS_PROBE) {
+        t.probe = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, head_dim_k, n_head_kv);
+    }
+    t.n = { params.metric->id, params.layer, params.block_size, params.group_size, params.hadamard,
+        t.freqs ? params.rope.type : (int32_t) TCA_ROPE_NONE, t.freqs ? params.rope.scale : 1.0f };
+    return t;
+}
+
+// ggml_backend_tensor_set() for tensors in a buffer; tests also have tensors over memory of their own.
+static void set(ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    if (t->buffer) {
+        ggml_backend_tensor_set(t, data, offset, size);
+    } else {
+        memcpy((char *) t->data + offset, data, size);
+    }
+}
+
+void tca_tables_set(const tca_tables & t, const tca_select_params & params) {
+    set(t.configs, params.keep_counts, 0,                params.n_keep*sizeof(int32_t));
+    set(t.configs, params.configs,     t.configs->nb[1], (size_t) params.n_configs*params.n_keep*sizeof(int32_t));
+    if (t.freqs) {
+        set(t.freqs, params.rope.freqs, 0, ggml_nbytes(t.freqs));
+    }
+    if (t.probe) {
+        set(t.probe, params.probe, 0, ggml_nbytes(t.probe));
+    }
 }

@@ -1,5 +1,7 @@
 #include "tca-plan.h"
 
+#include "ops/tca-ops.h"
+
 #include <algorithm>
 
 uint32_t tca_plan_groups_at(const tca_budgets & b, uint32_t n_tokens) {
@@ -28,6 +30,7 @@ tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::mov
     const size_t n = (size_t) b.n_layer*b.n_head_kv;
 
     kept_counts.resize(n);
+    configs.resize(n);
     capacities.resize(n);
     offsets.resize(n);
     layer_slots.assign(b.n_layer, 0);
@@ -40,7 +43,8 @@ tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::mov
             capacities[i]  = layer_stored(il) ? tca_plan_capacity_for(b, kept_counts[i], n_ctx_seq) : 0;
             offsets[i]     = layer_slots[il];
             layer_slots[il] += capacities[i];
-            if (layer_stored(il) && kept_counts[i] != (int32_t) b.group_size) {
+            configs[i]     = kept_counts[i] == (int32_t) b.group_size ? (int32_t) TCA_HEAD_DENSE : b.head_config[i];
+            if (configs[i] >= 0) {
                 layer_selects[il] = true;
                 selects           = true;
             }
@@ -84,6 +88,20 @@ std::vector<tca_segment> tca_plan::advance(tca_seq_state & s, uint32_t n_tokens)
         n_tokens   -= seg.n_tokens;
     }
     return res;
+}
+
+void tca_plan::describe(uint32_t layer, uint32_t stream, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const {
+    for (uint32_t h = 0; h < n_head_kv(); ++h) {
+        tca_desc d;
+        d.offset = stream*slots(layer) + offset(layer, h);
+        d.past   = length(layer, h, segment.before);
+        d.token  = token;
+        d.count  = segment.n_tokens;
+        d.pos    = pos;
+        d.group  = segment.compacts ? next_group_slot(layer, h, segment.before) : -1;
+        d.config = config(layer, h);
+        d.write(fields + h*TCA_DESC_SIZE);
+    }
 }
 
 uint32_t tca_plan::max_segments(uint32_t n_tokens) const {

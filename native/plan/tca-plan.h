@@ -47,12 +47,14 @@ public:
     // Tokens kept of a group.
     int32_t kept(uint32_t layer, uint32_t head) const { return kept_counts[index(layer, head)]; }
 
-    int32_t config(uint32_t layer, uint32_t head) const { return budgets.head_config[index(layer, head)]; }
+    // Row of the configurations; TCA_HEAD_DENSE also for a row that keeps everything: nothing is to be selected then.
+    // TCA_HEAD_SLIDING: the head has no region.
+    int32_t config(uint32_t layer, uint32_t head) const { return configs[index(layer, head)]; }
 
     bool layer_compacts(uint32_t layer) const { return layer_selects[layer]; }
 
     // Whether the layer has regions; one with sliding-window attention has none: 0 slots, 0 length.
-    bool layer_stored(uint32_t layer) const { return config(layer, 0) != TCA_HEAD_SLIDING; }
+    bool layer_stored(uint32_t layer) const { return budgets.head_config[index(layer, 0)] != TCA_HEAD_SLIDING; }
 
     // First slot, in any region, of the group that is compacted next (the same for every head only if it keeps the same).
     int64_t next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
@@ -70,12 +72,17 @@ public:
     // Most segments that n_tokens tokens of one sequence can be cut into.
     uint32_t max_segments(uint32_t n_tokens) const;
 
+    // Writes what a segment of the sequence in `stream` does to the regions of a layer: a row of the descriptor for one sequence,
+    // fields [n_head_kv, TCA_DESC_SIZE]. token, pos: the segment's first token in the micro-batch, and its position.
+    void describe(uint32_t layer, uint32_t stream, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const;
+
 private:
     size_t index(uint32_t layer, uint32_t head) const { return (size_t) layer*budgets.n_head_kv + head; }
 
     bool                 selects = false;  // some head is not dense
     std::vector<bool>    layer_selects;
     std::vector<int32_t> kept_counts;      // [n_layer, n_head_kv]
+    std::vector<int32_t> configs;          // [n_layer, n_head_kv]
     std::vector<int64_t> capacities;       // [n_layer, n_head_kv]
     std::vector<int64_t> offsets;          // [n_layer, n_head_kv]
     std::vector<int64_t> layer_slots;      // [n_layer]

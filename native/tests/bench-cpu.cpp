@@ -10,6 +10,7 @@
 // Figures are the best of several runs: the kernel's speed, not that of its neighbours on the machine.
 #include "check.h"
 
+#include "cpu/tca-kernels.h"
 #include "cpu/tca-pages.h"
 #include "metrics/tca-metric.h"
 #include "ops/tca-ops.h"
@@ -66,7 +67,7 @@ static double attention(const bench_case & c, bool stock) {
     ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, c.length, c.n_tokens);
     std::vector<ggml_tensor *> store;
     const float scale = 1.0f/std::sqrt((float) c.dim);
-    const bool  split = c.n_tokens*(c.n_head/c.n_head_kv) <= TCA_ATTN_PARTIAL_ROWS;
+    const bool  split = tca_attn_splits(c.n_tokens, c.n_head, c.n_head_kv);
     for (int il = 0; il < c.n_layers; ++il) {
         // the same rows twice: the ragged store is [dim, slots], the stock cache of one layer [dim, heads, cells]
         ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, c.length*c.n_head_kv);
@@ -107,15 +108,12 @@ static double attention(const bench_case & c, bool stock) {
     }
     const int64_t past = c.length - c.n_tokens;
     for (int h = 0; h < c.n_head_kv; ++h) {
-        int32_t * d = (int32_t *) desc->data + h*TCA_DESC_SIZE;
-        d[TCA_DESC_OFFSET] = h*c.length;
-        d[TCA_DESC_PAST]   = past;
-        d[TCA_DESC_TOKEN]  = 0;
-        d[TCA_DESC_COUNT]  = c.n_tokens;
-        d[TCA_DESC_POS]    = past;
-        d[TCA_DESC_GROUP]  = -1;
-        d[TCA_DESC_CONFIG] = TCA_HEAD_DENSE;
-        d[TCA_DESC_USED]   = c.length;
+        tca_desc d;
+        d.offset = h*c.length;
+        d.past   = past;
+        d.count  = c.n_tokens;
+        d.pos    = past;
+        d.write((int32_t *) desc->data + h*TCA_DESC_SIZE);
     }
     for (int t = 0; t < c.n_tokens; ++t) {
         for (int64_t j = 0; j < c.length; ++j) {
@@ -149,20 +147,28 @@ static double compaction(const bench_case & c) {
 
     ggml_cgraph * gf   = ggml_new_graph(ctx.get());
     ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, c.n_head_kv, 1, 1);
+    const tca_tables tables = tca_tables_new(ctx.get(), params, c.dim, c.n_head_kv, nullptr);
     std::vector<ggml_tensor *> positions;
     for (int il = 0; il < c.n_layers; ++il) {
         ggml_tensor * k = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
         ggml_tensor * v = ggml_new_tensor_2d(ctx.get(), c.type, c.dim, (GROUP + WINDOW)*c.n_head_kv);
         positions.push_back(ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, (GROUP + WINDOW)*c.n_head_kv));
-        ggml_build_forward_expand(gf, tca_build_compact(ctx.get(), k, v, positions.back(), desc, 0, &params, nullptr, 0.0f, 0.0f));
+        ggml_build_forward_expand(gf, tca_build_compact(ctx.get(), k, v, positions.back(), desc, 0, tables, nullptr, 0.0f, 0.0f));
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()) };
     random_t rng(1);
     uint8_t * bytes = (uint8_t *) ggml_backend_buffer_get_base(buffer.get());
     std::generate_n(bytes, ggml_backend_buffer_get_size(buffer.get()), [&] { return (uint8_t) rng.range(0x20, 0x3f); });  // finite keys
+    tca_tables_set(tables, params);
     for (int h = 0; h < c.n_head_kv; ++h) {
-        const int32_t d[TCA_DESC_SIZE] = { h*(GROUP + WINDOW), GROUP, 0, WINDOW, GROUP, 0, 0, GROUP + WINDOW };
-        std::copy_n(d, TCA_DESC_SIZE, (int32_t *) desc->data + h*TCA_DESC_SIZE);
+        tca_desc d;
+        d.offset = h*(GROUP + WINDOW);
+        d.past   = GROUP;
+        d.count  = WINDOW;
+        d.pos    = GROUP;
+        d.group  = 0;
+        d.config = 0;
+        d.write((int32_t *) desc->data + h*TCA_DESC_SIZE);
     }
     int first = 0;
     return best_of(0.3, [&] {

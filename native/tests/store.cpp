@@ -255,15 +255,16 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
             for (int h = 0; h < s.n_head_kv; ++h, d += TCA_DESC_SIZE) {
                 region_t & r = regions[seg.stream][h];
                 const bool compacts = seg.count > 0 && !seg.group.empty() && seg.group[h] >= 0;
-                d[TCA_DESC_OFFSET] = r.offset;
-                d[TCA_DESC_PAST]   = seg.count > 0 ? r.pos.size() : 0;
-                d[TCA_DESC_TOKEN]  = seg.token;
-                d[TCA_DESC_COUNT]  = seg.count;
-                d[TCA_DESC_POS]    = seg.pos;
-                d[TCA_DESC_GROUP]  = compacts ? seg.group[h] : -1;
-                d[TCA_DESC_CONFIG] = seg.config.empty() ? TCA_HEAD_DENSE : seg.config[h];
-                d[TCA_DESC_USED]   = d[TCA_DESC_PAST] + seg.count;
-                const int64_t past = d[TCA_DESC_PAST];
+                const int64_t past = seg.count > 0 ? r.pos.size() : 0;
+                tca_desc x;
+                x.offset = r.offset;
+                x.past   = past;
+                x.token  = seg.token;
+                x.count  = seg.count;
+                x.pos    = seg.pos;
+                x.group  = compacts ? seg.group[h] : -1;
+                x.config = seg.config.empty() ? TCA_HEAD_DENSE : seg.config[h];
+                x.write(d);
 
                 for (int t = seg.token; t < seg.token + seg.count; ++t) {
                     expect_append(r, &mb.k[((size_t) t*s.n_head_kv + h)*s.dk], &mb.v[((size_t) t*s.n_head_kv + h)*s.dv], seg.pos + t - seg.token);
@@ -289,7 +290,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
 
     // the runtime's nodes, in its order
     const int64_t per_seq = std::max<int64_t>(max_count, mb.n_tokens/n_seqs);
-    const bool split = o.split < 0 ? per_seq*s.gqa <= TCA_ATTN_PARTIAL_ROWS : o.split == 1;
+    const bool split = o.split < 0 ? tca_attn_splits(per_seq, n_head, s.n_head_kv) : o.split == 1;
     ggml_cgraph * gf  = ggml_new_graph(ctx.get());
     ggml_tensor * cur = nullptr;
     const auto give = [&](ggml_tensor * node) {
@@ -301,24 +302,37 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
     };
     const ggml_backend_ptr backend { ggml_backend_cpu_init() };
     ggml_backend_cpu_set_n_threads(backend.get(), o.n_threads);
+    tca_tables tables;
+    if (o.select) {
+        tables = tca_tables_new(ctx.get(), *o.select, s.dk, s.n_head_kv, nullptr);
+        for (ggml_tensor * t : { tables.configs, tables.freqs, tables.probe }) {
+            if (t) {
+                give(t);
+            }
+        }
+        tca_tables_set(tables, *o.select);
+    }
+    ggml_tensor * store = tk;
     for (int row = 0; row < n_rows; ++row) {
-        ggml_tensor * ka = tca_build_append(ctx.get(), tk, tv, tp, kc, vc, td, row);
+        ggml_tensor * ka = tca_build_append(ctx.get(), store, tv, tp, kc, vc, td, row);
         give(ka);
         cur = split ?
             tca_build_attn_split(ctx.get(), q, ka, tv, td, row, s.scale, s.softcap, tca_attn_n_chunks(longest), cur) :
             tca_build_attn      (ctx.get(), q, ka, tv, td, row, s.scale, s.softcap, cur);
         if (split) {
-            give(cur->src[cur->view_src ? 1 : 0]);
+            give(tca_combine_node::of(cur).partial);
         }
         give(cur);
         CHECK(ggml_backend_supports_op(backend.get(), ka) && ggml_backend_supports_op(backend.get(), cur), "the CPU backend refuses a node");
         ggml_build_forward_expand(gf, ka);
         ggml_build_forward_expand(gf, cur);
         if (o.select) {
-            ggml_tensor * compact = tca_build_compact(ctx.get(), tk, tv, tp, td, row, o.select, q, s.scale, s.softcap);
-            give(compact);
-            ggml_build_forward_expand(gf, compact);
+            ka = tca_build_compact(ctx.get(), ka, tv, tp, td, row, tables, q, s.scale, s.softcap);
+            give(ka);
+            CHECK(ggml_backend_supports_op(backend.get(), ka), "the CPU backend refuses to compact");
+            ggml_build_forward_expand(gf, ka);
         }
+        store = ka;
     }
     CHECK(ggml_backend_graph_compute(backend.get(), gf) == GGML_STATUS_SUCCESS, "%s: graph", where.c_str());
 

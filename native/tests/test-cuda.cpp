@@ -142,15 +142,15 @@ struct op_data {
         for (int s = 0; s < c.n_seqs; ++s) {
             for (int h = 0; h < c.n_head_kv; ++h) {
                 const int i = s*c.n_head_kv + h, past = c.past[i];
-                int32_t * d = &desc[(size_t) i*TCA_DESC_SIZE];
-                d[TCA_DESC_OFFSET] = offset[i];
-                d[TCA_DESC_PAST]   = past;
-                d[TCA_DESC_TOKEN]  = s*c.n_tokens;
-                d[TCA_DESC_COUNT]  = c.n_tokens;
-                d[TCA_DESC_POS]    = 100000 + s;
-                d[TCA_DESC_GROUP]  = c.compact && past + c.n_tokens >= c.group ? rng.below(past + c.n_tokens - c.group + 1) : -1;
-                d[TCA_DESC_CONFIG] = rng.below(6) == 0 ? TCA_HEAD_DENSE : rng.below(4);
-                d[TCA_DESC_USED]   = past + c.n_tokens;
+                tca_desc d;
+                d.offset = offset[i];
+                d.past   = past;
+                d.token  = s*c.n_tokens;
+                d.count  = c.n_tokens;
+                d.pos    = 100000 + s;
+                d.group  = c.compact && past + c.n_tokens >= c.group ? rng.below(past + c.n_tokens - c.group + 1) : -1;
+                d.config = rng.below(6) == 0 ? TCA_HEAD_DENSE : rng.below(4);
+                d.write(&desc[(size_t) i*TCA_DESC_SIZE]);
 
                 // needles: rows of the query that look for one slot, on both sides of every boundary
                 const std::vector<int> edges = { 0, past - 1, past, 31, 32, 63, 64, 127, 128, 511, 512, past/2, past + c.n_tokens - 1 };
@@ -192,7 +192,7 @@ static op_result run(ggml_backend_t backend, const op_case & c, const op_data & 
     ggml_tensor * vc   = ggml_new_tensor_3d(x, GGML_TYPE_F32, c.dim, c.n_head_kv, total);
 
     const float scale = 1.0f/std::sqrt((float) c.dim);
-    const bool  split = c.split >= 0 ? c.split : c.n_tokens*c.gqa <= TCA_ATTN_PARTIAL_ROWS;
+    const bool  split = c.split >= 0 ? c.split : tca_attn_splits(c.n_tokens, c.gqa, 1);
     ggml_tensor * kv  = tca_build_append(x, k, v, pos, kc, vc, desc, 0);
     ggml_tensor * out = split ?
         tca_build_attn_split(x, q, kv, v, desc, 0, scale, c.softcap, tca_attn_n_chunks(data.longest), nullptr) :
@@ -200,8 +200,10 @@ static op_result run(ggml_backend_t backend, const op_case & c, const op_data & 
     ggml_cgraph * gf = ggml_new_graph(x);
     ggml_build_forward_expand(gf, kv);
     ggml_build_forward_expand(gf, out);
+    tca_tables tables;
     if (c.compact) {
-        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, desc, 0, &data.select, q, scale, c.softcap));
+        tables = tca_tables_new(x, data.select, c.dim, c.n_head_kv, nullptr);
+        ggml_build_forward_expand(gf, tca_build_compact(x, kv, v, pos, desc, 0, tables, q, scale, c.softcap));
     }
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         CHECK(ggml_backend_supports_op(backend, ggml_graph_node(gf, i)), "node %d: %s", i, c.name().c_str());
@@ -216,6 +218,9 @@ static op_result run(ggml_backend_t backend, const op_case & c, const op_data & 
     ggml_backend_tensor_set(q,    data.q.data(),     0, ggml_nbytes(q));
     ggml_backend_tensor_set(kc,   data.k_cur.data(), 0, ggml_nbytes(kc));
     ggml_backend_tensor_set(vc,   data.v_cur.data(), 0, ggml_nbytes(vc));
+    if (c.compact) {
+        tca_tables_set(tables, data.select);
+    }
     CHECK(ggml_backend_graph_compute(backend, gf) == GGML_STATUS_SUCCESS, "%s", c.name().c_str());
 
     op_result r;
@@ -336,15 +341,20 @@ TEST(cuda_takes_every_metric_and_no_other) {
     ggml_tensor * pos  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, 64);
     ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, 1, 1, 1);
     ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, 128, 4, 1);
+    const int32_t keep[] = { 1, 2 };
     tca_select_params select = {};
+    select.n_keep = 2;
+    select.keep_counts = keep;
     for (int i = 0; tca_metric_at(i) != nullptr; ++i) {
         select.metric = tca_metric_at(i);
-        CHECK(ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f)), "%s is refused", select.metric->name);
+        const tca_tables tables = tca_tables_new(ctx.get(), select, 128, 1, nullptr);
+        CHECK(ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, tables, q, 1.0f, 0.0f)), "%s is refused", select.metric->name);
     }
     tca_metric unknown = *tca_metric_at(0);
     unknown.id    = (tca_metric_id) 1000;
     select.metric = &unknown;
-    CHECK(!ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, &select, q, 1.0f, 0.0f)), "an unknown metric is taken");
+    const tca_tables tables = tca_tables_new(ctx.get(), select, 128, 1, nullptr);
+    CHECK(!ggml_backend_supports_op(gpu_backend(), tca_build_compact(ctx.get(), k, v, pos, desc, 0, tables, q, 1.0f, 0.0f)), "an unknown metric is taken");
 }
 
 // Every case by key-diff and by one of the other metrics in turn.
@@ -466,7 +476,12 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
     int longest = 0;
     for (int h = 0; h < hkv; ++h) {
         const int n = std::max(n_tokens, even ? mean : (int) (mean*(0.1 + 1.8*h/(hkv - 1))));
-        for (int32_t x : { (int32_t) slots, n - n_tokens, 0, n_tokens, 0, h % 2 ? 8 : 8, 1, n }) { desc.push_back(x); }
+        tca_desc row;
+        row.offset = slots;
+        row.past   = n - n_tokens;
+        row.count  = n_tokens;
+        desc.resize(desc.size() + TCA_DESC_SIZE);
+        row.write(&desc[desc.size() - TCA_DESC_SIZE]);
         slots += n;
         longest = std::max(longest, n);
     }
@@ -477,7 +492,7 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
     ggml_tensor * q = ggml_new_tensor_3d(x, GGML_TYPE_F32, dim, hkv*gqa, n_tokens);
     ggml_cgraph * gf = ggml_new_graph(x);
     for (int i = 0; i < repeat; ++i) {
-        ggml_build_forward_expand(gf, n_tokens*gqa <= TCA_ATTN_PARTIAL_ROWS ?
+        ggml_build_forward_expand(gf, tca_attn_splits(n_tokens, gqa, 1) ?
             tca_build_attn_split(x, q, k, v, d, 0, 0.088f, 0.0f, tca_attn_n_chunks(longest), nullptr) :
             tca_build_attn(x, q, k, v, d, 0, 0.088f, 0.0f, nullptr));
     }
@@ -522,8 +537,9 @@ static void bench_compact(ggml_type type) {
     ggml_tensor * pos = ggml_new_tensor_1d(x, GGML_TYPE_I32, data.n_slots);
     ggml_tensor * d = ggml_new_tensor_4d(x, GGML_TYPE_I32, TCA_DESC_SIZE, 8, 1, 1);
     ggml_cgraph * gf = ggml_new_graph(x);
+    const tca_tables tables = tca_tables_new(x, data.select, 128, 8, nullptr);
     for (int i = 0; i < 10; ++i) {
-        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, d, 0, &data.select, nullptr, 0.0f, 0.0f));
+        ggml_build_forward_expand(gf, tca_build_compact(x, k, v, pos, d, 0, tables, nullptr, 0.0f, 0.0f));
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(x, gpu_backend()) };
     ggml_backend_tensor_set(k, data.k.data(), 0, ggml_nbytes(k));
@@ -535,6 +551,7 @@ static void bench_compact(ggml_type type) {
         desc[h*TCA_DESC_SIZE + TCA_DESC_CONFIG] = 1;
     }
     ggml_backend_tensor_set(d, desc.data(), 0, ggml_nbytes(d));
+    tca_tables_set(tables, data.select);
     printf("compact    %-5s a group of 512, 8 heads: %.4f ms\n", ggml_type_name(type), time_ms(gf, 10));
 }
 

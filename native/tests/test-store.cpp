@@ -138,7 +138,7 @@ static void run_pipeline(const pipeline_case & c, int n_threads, uint64_t seed, 
                 seg.pos    = pos0[order[i]] + before + done;
                 for (int h = 0; h < c.n_head_kv; ++h) {
                     seg.group.push_back(segments[j].compacts ? plan.next_group_slot(0, h, segments[j].before) : -1);
-                    seg.config.push_back(plan.kept(0, h) == (int32_t) b.group_size ? TCA_HEAD_DENSE : plan.config(0, h));
+                    seg.config.push_back(plan.config(0, h));
                     counts.compactions += segments[j].compacts;
                 }
                 done += segments[j].n_tokens;
@@ -318,7 +318,7 @@ TEST(needles_survive_compaction_that_keeps_them) {
                 seg.pos   = first + done;
                 for (int h = 0; h < 3; ++h) {
                     seg.group.push_back(part.compacts ? plan.next_group_slot(0, h, part.before) : -1);
-                    seg.config.push_back(h == 0 ? TCA_HEAD_DENSE : b.head_config[h]);
+                    seg.config.push_back(b.head_config[h]);
                 }
                 mb.segments.push_back({ seg });
                 done += part.n_tokens;

@@ -1,0 +1,25 @@
+#include "tca-cpu-backend.h"
+
+static ggml_backend_dev_t device() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+static void * function(const char * name) {
+    ggml_backend_dev_t dev = device();
+    return dev ? ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), name) : nullptr;
+}
+
+const tca_cpu_functions * tca_cpu_functions_get() {
+    const auto get = (tca_cpu_functions_fn) function("tca_cpu_functions");
+    return get ? get() : nullptr;
+}
+
+ggml_backend_ptr tca_cpu_backend_new(int n_threads) {
+    ggml_backend_dev_t dev = device();
+    ggml_backend_ptr backend { dev ? ggml_backend_dev_init(dev, nullptr) : nullptr };
+    const auto set_n_threads = (ggml_backend_set_n_threads_t) function("ggml_backend_set_n_threads");
+    if (backend && set_n_threads) {
+        set_n_threads(backend.get(), n_threads);
+    }
+    return backend;
+}
