@@ -54,7 +54,7 @@ def run_pass(
 
     capture = native.Capture(on_layer)
     with session_for(capture) as session:
-        full = [layer for layer in range(n_layer) if not native.layer_slides(session.address, layer)]
+        full = list(session.shape.stored)
         ropes = {layer: native.context_rope(session.address, layer) for layer in full}
         total = len(full) * -(-len(tokens) // session.n_batch)
         for start in range(0, len(tokens), session.n_batch):

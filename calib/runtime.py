@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from tca_gguf.errors import TcaError
 from tca_gguf.loading import default_threads
 
 if TYPE_CHECKING:
+    from tca_gguf import native
     from tca_gguf.budgets import Budgets
 
 
@@ -51,10 +53,26 @@ class Model:
             self.handle = None
             raise TcaError(f"{self.path}: llama.cpp cannot load this model; its log says why")
         self.vocab = lib.llama_model_get_vocab(self.handle)
-        self.n_layer = int(lib.llama_model_n_layer(self.handle))
-        self.n_head_kv = int(lib.llama_model_n_head_kv(self.handle))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self.handle))
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+
+    @functools.cached_property
+    def shape(self) -> native.ModelShape:
+        """What the model's budgets look like. Raises TcaError with the reason if TCA cannot run it."""
+        from tca_gguf import native
+
+        try:
+            return native.model_shape(_address(self.handle))
+        except TcaError as error:
+            raise TcaError(f"{self.path}: {error}") from None
+
+    @property
+    def n_layer(self) -> int:
+        return self.shape.n_layer
+
+    @property
+    def n_head_kv(self) -> int:
+        return self.shape.n_head_kv
 
     def _override_array(self, overrides: Mapping[str, bool | int | float]) -> Any:
         lib = self._lib
@@ -87,9 +105,11 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for, control tokens as they are written."""
-        buffer = ctypes.create_string_buffer(256)
-        n = self._lib.llama_token_to_piece(self.vocab, token, buffer, 256, 0, True)
-        return buffer.raw[: max(n, 0)]
+        n = -256  # a longer piece is answered with minus its length
+        while n < 0:
+            buffer = ctypes.create_string_buffer(-n)
+            n = self._lib.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[:n]
 
     def text(self, tokens: Sequence[int]) -> str:
         return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
@@ -164,8 +184,9 @@ class Session:
 
     # what a session knows of its model
     path = property(lambda self: self.model.path)
-    n_layer = property(lambda self: self.model.n_layer)
-    n_head_kv = property(lambda self: self.model.n_head_kv)
+    shape = property(lambda self: self.model.shape)
+    n_layer = property(lambda self: self.model.shape.n_layer)
+    n_head_kv = property(lambda self: self.model.shape.n_head_kv)
     n_ctx_train = property(lambda self: self.model.n_ctx_train)
     n_vocab = property(lambda self: self.model.n_vocab)
 

@@ -54,7 +54,7 @@ def mean_kept(ctx: int, layers: Sequence[int] | None = None, seq_id: int = 0) ->
 
     info = native.context_info(ctx)
     if layers is None:
-        layers = [layer for layer in range(info.n_layer) if not native.layer_slides(ctx, layer)]
+        layers = native.context_shape(ctx).stored
     lengths = [native.region_length(ctx, layer, seq_id, head) for layer in layers for head in range(info.n_head_kv)]
     return sum(lengths) / len(lengths)
 

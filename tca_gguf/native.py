@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Impl = Literal["cpu", "reference"]  # the op that the runtime uses, or the plain scalar reference
 DENSE, SLIDING = -1, -2  # TCA_HEAD_*, checked when the extension is loaded
 
+_MAX_LAYERS = 512  # llama.cpp's own limit
 _MAX_ROPE_PAIRS = 4096  # half of the largest head size we ask the rotary table for
 
 
@@ -191,10 +192,15 @@ def model_set_budgets(model: int, budgets: Budgets | None) -> None:
     architecture that cannot be served.
     """
     ffi, lib = _extension()
-    if not model:
-        raise TcaError("the model is closed: its address is 0")
     struct, _alive = _budgets(budgets) if budgets is not None else (ffi.NULL, [])
-    check_status(lib.tca_model_set_budgets(ffi.cast("struct llama_model *", model), struct))
+    check_status(lib.tca_model_set_budgets(_model(model), struct))
+
+
+def _model(address: int) -> Any:
+    ffi, _ = _extension()
+    if not address:
+        raise TcaError("the model is closed: its address is 0")
+    return ffi.cast("struct llama_model *", address)
 
 
 # ---- a context -------------------------------------------------------------------------------------------------------
@@ -268,10 +274,66 @@ def positions(ctx: int, layer: int, seq_id: int, head: int) -> NDArray[np.int32]
     return out
 
 
-def layer_slides(ctx: int, layer: int) -> bool:
-    """Whether a layer of the context's model has sliding-window attention, thus no region in the ragged store."""
+@dataclass(frozen=True)
+class ModelShape:
+    """What the budgets of a model look like, as the runtime sees it.
+
+    n_layer, n_head_kv: rows and columns of head_config; stored: the layers in the ragged store, which all have the same heads;
+    head_dim_k, head_dim_v: elements of one key and one value of one head.
+    """
+
+    n_layer: int
+    n_head_kv: int
+    head_dim_k: int
+    head_dim_v: int
+    n_ctx_train: int
+    stored: tuple[int, ...]
+
+
+def model_shape(model: int) -> ModelShape:
+    """Shape of a loaded model. model: address of the llama_model. Raises TcaError with the reason if TCA cannot run it."""
     _, lib = _extension()
-    return bool(check_status(lib.tca_context_layer_slides(_context(ctx), _uint32(layer, "layer"))))
+    return _shape(lib.tca_model_get_shape, _model(model))
+
+
+def context_shape(ctx: int) -> ModelShape:
+    """Shape of a context's model; see `model_shape`."""
+    _, lib = _extension()
+    return _shape(lib.tca_context_get_shape, _context(ctx))
+
+
+def _shape(ask: Callable[..., int], of: Any) -> ModelShape:
+    ffi, _ = _extension()
+    shape, stored = ffi.new("struct tca_model_shape *"), ffi.new("bool[]", _MAX_LAYERS)
+    check_status(ask(of, shape, stored, _MAX_LAYERS))
+    return ModelShape(shape.n_layer, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v, shape.n_ctx_train,
+                      tuple(layer for layer in range(shape.n_layer) if stored[layer]))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's architectures. name: value of ``general.architecture``; inputs: which kinds of attention layers are
+    served, of "kv" (every layer alike), "iswa" (some slide), "hybrid" (some are recurrent), none if it is refused; remark: why, or
+    what to know."""
+
+    name: str
+    inputs: tuple[str, ...]
+    remark: str
+
+    @property
+    def served(self) -> bool:
+        return bool(self.inputs)
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Every architecture that llama.cpp knows, in the order of the runtime's table."""
+    ffi, lib = _extension()
+    bits = {"kv": lib.TCA_ARCH_KV, "iswa": lib.TCA_ARCH_ISWA, "hybrid": lib.TCA_ARCH_HYBRID}
+    entry, found = ffi.new("struct tca_arch *"), []
+    while lib.tca_arch_info(len(found), entry):
+        inputs = tuple(name for name, bit in bits.items() if entry.inputs & bit)
+        found.append(Architecture(ffi.string(entry.name).decode(), inputs, ffi.string(entry.remark).decode()))
+    return tuple(found)
 
 
 def context_rope(ctx: int, layer: int) -> Rope:

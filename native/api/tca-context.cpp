@@ -79,12 +79,8 @@ int64_t tca_context_positions(llama_context * ctx, uint32_t layer, int32_t seq_i
     return n;
 }
 
-int32_t tca_context_layer_slides(const llama_context * ctx, uint32_t layer) {
-    const llama_model & model = ctx->get_model();
-    if (layer >= model.hparams.n_layer_all) {
-        return tca_fail(TCA_ERR_ARGUMENT, "layer " + std::to_string(layer) + " does not exist in this model");
-    }
-    return llama_tca_layer_slides(model, layer);
+tca_status tca_context_get_shape(const llama_context * ctx, tca_model_shape * shape, bool * stored, uint32_t n_max) {
+    return tca_model_get_shape(&ctx->get_model(), shape, stored, n_max);
 }
 
 tca_status tca_context_rope(const llama_context * ctx, uint32_t layer, tca_rope * rope, float * freqs, int32_t n_max) {
@@ -92,12 +88,15 @@ tca_status tca_context_rope(const llama_context * ctx, uint32_t layer, tca_rope 
     if (layer >= model.hparams.n_layer_all) {
         return tca_fail(TCA_ERR_ARGUMENT, "layer " + std::to_string(layer) + " does not exist in this model");
     }
-    std::vector<float> table;
-    *rope = llama_tca_rope(model, ctx->get_cparams(), layer, table);
-    if ((int32_t) table.size() > n_max) {
-        return tca_fail(TCA_ERR_ARGUMENT, "the frequency buffer needs " + std::to_string(table.size()) + " entries");
+    const std::string reason = model.hparams.no_alloc ? "its weights are not loaded" : llama_tca_unsupported(model);
+    if (!reason.empty()) {
+        return tca_fail(TCA_ERR_UNSUPPORTED, "TCA cannot run this model: " + reason);
     }
-    std::copy(table.begin(), table.end(), freqs);
-    rope->freqs = freqs;
+    const llama_tca_rope found = llama_tca_ropes(model, ctx->get_cparams()).at(layer);
+    if ((int32_t) found.freqs.size() > n_max) {
+        return tca_fail(TCA_ERR_ARGUMENT, "the frequency buffer needs " + std::to_string(found.freqs.size()) + " entries");
+    }
+    std::copy(found.freqs.begin(), found.freqs.end(), freqs);
+    *rope = { found.type, found.n_rot, found.scale, freqs };
     return TCA_OK;
 }

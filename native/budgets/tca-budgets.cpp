@@ -99,11 +99,11 @@ std::string tca_budgets_problem(const tca_budgets & b) {
     for (size_t i = 0; i < (size_t) b.n_layer*b.n_head_kv; ++i) {
         const int32_t c = b.head_config[i];
         if (c != TCA_HEAD_DENSE && c != TCA_HEAD_SLIDING && (c < 0 || c >= (int32_t) b.n_configs)) {
-            return "tca.head_config[" + num(i) + "] is " + num(c) + ", it must be -1 (dense), -2 (sliding-window layer) or a row of "
+            return "tca.head_config[" + num(i) + "] is " + num(c) + ", it must be -1 (dense), -2 (llama.cpp keeps the layer) or a row of "
                 "tca.configs (0 to " + num((long long) b.n_configs - 1) + ")";
         }
         if ((c == TCA_HEAD_SLIDING) != (b.head_config[i - i % b.n_head_kv] == TCA_HEAD_SLIDING)) {
-            return "tca.head_config[" + num(i) + "] is " + num(c) + ", but -2 (sliding-window layer) holds for every head of a layer "
+            return "tca.head_config[" + num(i) + "] is " + num(c) + ", but -2 (llama.cpp keeps the layer) holds for every head of a layer "
                 "or for none";
         }
     }

@@ -33,7 +33,7 @@ struct ggml_tensor;
 enum {
     TCA_FORMAT_VERSION = 1,   // value of the GGUF key tca.version
     TCA_HEAD_DENSE     = -1,  // value in tca.head_config: the head keeps every token
-    TCA_HEAD_SLIDING   = -2,  // its layer has sliding-window attention: stock cache, no region (every head of the layer)
+    TCA_HEAD_SLIDING   = -2,  // llama.cpp keeps its layer: sliding-window, recurrent, no attention; no region (every head of it)
     TCA_MAX_BLOCK      = 256,
     TCA_MAX_GROUP      = 8192,
     TCA_MAX_WINDOW     = 1 << 20,
@@ -102,7 +102,7 @@ TCA_API int64_t tca_plan_capacity(const struct tca_budgets * budgets, uint32_t l
 TCA_API int64_t tca_plan_groups(const struct tca_budgets * budgets, uint32_t n_tokens);
 
 // Bytes of the ragged store (K, V and slot positions) of one sequence of n_ctx tokens, and of a dense K and V cache, both of
-// the layers with full attention only (not TCA_HEAD_SLIDING).
+// the layers in the ragged store only (not TCA_HEAD_SLIDING).
 // type_k, type_v: enum ggml_type. Row sizes are those of ggml. Either output may be NULL.
 TCA_API tca_status tca_plan_bytes(const struct tca_budgets * budgets, uint32_t head_dim_k, uint32_t head_dim_v,
         int type_k, int type_v, uint32_t n_ctx, uint64_t * bytes_tca, uint64_t * bytes_dense);
@@ -113,6 +113,39 @@ TCA_API tca_status tca_plan_bytes(const struct tca_budgets * budgets, uint32_t h
 // Contexts that exist keep the cache they have. The weights stay as they are, which is what comparing budgets needs.
 // TCA_ERR_BUDGETS, TCA_ERR_UNSUPPORTED: nothing is changed. Not to be called while a context is being made.
 TCA_API tca_status tca_model_set_budgets(struct llama_model * model, const struct tca_budgets * budgets);
+
+// What the budgets of a model look like, as the runtime sees it. Layers in the ragged store all have the same heads.
+struct tca_model_shape {
+    uint32_t n_layer;      // rows of head_config
+    uint32_t n_stored;     // layers in the ragged store; llama.cpp keeps the others (TCA_HEAD_SLIDING)
+    uint32_t n_head_kv;    // KV heads of a stored layer
+    uint32_t head_dim_k;   // elements of one key of one head, and of one value
+    uint32_t head_dim_v;
+    uint32_t n_ctx_train;
+};
+
+// stored [n_max], n_layer at most are written: whether each layer is in the ragged store. TCA_ERR_UNSUPPORTED: the reason is in
+// tca_last_error(), and *shape is zero.
+TCA_API tca_status tca_model_get_shape(const struct llama_model * model, struct tca_model_shape * shape, bool * stored, uint32_t n_max);
+
+// The same of a context's model.
+TCA_API tca_status tca_context_get_shape(const struct llama_context * ctx, struct tca_model_shape * shape, bool * stored, uint32_t n_max);
+
+// How an architecture's graph asks for its attention input, a set of bits.
+enum {
+    TCA_ARCH_KV     = 1,  // every layer alike
+    TCA_ARCH_ISWA   = 2,  // some layers slide
+    TCA_ARCH_HYBRID = 4,  // some layers are recurrent
+};
+
+struct tca_arch {
+    const char * name;    // value of general.architecture
+    uint32_t     inputs;  // those that are served; 0: budgets of such a model are refused at load
+    const char * remark;  // the reason, or what to know; may be ""
+};
+
+// The i-th architecture of llama.cpp; false past the last. Static storage.
+TCA_API bool tca_arch_info(int32_t i, struct tca_arch * arch);
 
 // ---- a context -------------------------------------------------------------------------------------------------
 
@@ -196,9 +229,6 @@ TCA_API int32_t tca_select(enum tca_impl impl, const char * metric, const struct
 TCA_API tca_status tca_attention(enum tca_impl impl, const float * q, const void * k, const void * v,
         int type_k, int type_v, int32_t n_tokens, int32_t n_head, int32_t n_head_kv, int32_t head_dim_k,
         int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, int32_t n_threads, float * out);
-
-// Whether a layer of the context's model has sliding-window attention; negative tca_status on failure.
-TCA_API int32_t tca_context_layer_slides(const struct llama_context * ctx, uint32_t layer);
 
 // Rotary embedding of a layer as this context applies it. freqs [n_max] is filled and rope->freqs points to it.
 TCA_API tca_status tca_context_rope(const struct llama_context * ctx, uint32_t layer, struct tca_rope * rope,

@@ -67,6 +67,11 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
     };
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr, decltype(buft_less)> ctx_map(buft_less);
 
+    std::vector<llama_tca_rope> ropes(n_layer);
+    if (!hparams.no_alloc) {
+        ropes = llama_tca_ropes(model, cparams);
+    }
+
     bool first = true;
     for (uint32_t il = 0; il < n_layer; ++il) {
         if (!plan.layer_stored(il)) {
@@ -92,7 +97,6 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         rot_v = layer_rot_v;
         first = false;
 
-        std::vector<float> freqs;
         tca_select_params  select;
         select.metric      = tca_metric_find(plan.budgets.metric.c_str());  // known: the budgets were checked
         select.layer       = il;
@@ -108,7 +112,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
             const bool rotates = hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.n_rot(il) > 0;  // the size alone counts
             select.rope = { rotates ? TCA_ROPE_NORM : TCA_ROPE_NONE, (int32_t) hparams.n_rot(il), 1.0f, nullptr };
         } else {
-            select.rope = llama_tca_rope(model, cparams, il, freqs);
+            select.rope = ropes[il].view();
         }
 
         ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
@@ -133,7 +137,7 @@ llama_kv_cache_tca::llama_kv_cache_tca(const llama_model & model, const llama_cp
         ggml_format_name(l.k,   "cache_tca_k_l%d",   il);
         ggml_format_name(l.v,   "cache_tca_v_l%d",   il);
         ggml_format_name(l.pos, "cache_tca_pos_l%d", il);
-        l.tables = tables.add(buft, select, std::move(freqs), head_dim_k, plan.n_head_kv());
+        l.tables = tables.add(buft, select, std::move(ropes[il].freqs), head_dim_k, plan.n_head_kv());
     }
     for (int n : { rot_k, rot_v }) {
         if (n > 0) {

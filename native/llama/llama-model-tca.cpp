@@ -1,6 +1,7 @@
 #include "llama-model-tca.h"
 
 #include "llama-kv-cache-tca-iswa.h"
+#include "tca-archs.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
@@ -11,76 +12,36 @@
 
 #include <stdexcept>
 
-// Architectures whose graph uses the plain KV attention input for every layer and rotates keys, if at all, with the model's
-// own RoPE parameters. Checked against src/models of the pin; see native/README.md, "bumping the pin".
-static bool arch_has_plain_attention(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_LLAMA:
-        case LLM_ARCH_FALCON:
-        case LLM_ARCH_BAICHUAN:
-        case LLM_ARCH_GPTNEOX:
-        case LLM_ARCH_STARCODER2:
-        case LLM_ARCH_STABLELM:
-        case LLM_ARCH_QWEN:
-        case LLM_ARCH_QWEN2:
-        case LLM_ARCH_QWEN2MOE:
-        case LLM_ARCH_QWEN3:
-        case LLM_ARCH_QWEN3MOE:
-        case LLM_ARCH_PHI2:
-        case LLM_ARCH_PHI3:
-        case LLM_ARCH_CODESHELL:
-        case LLM_ARCH_ORION:
-        case LLM_ARCH_INTERNLM2:
-        case LLM_ARCH_GEMMA:
-        case LLM_ARCH_XVERSE:
-        case LLM_ARCH_COMMAND_R:
-        case LLM_ARCH_OLMO:
-        case LLM_ARCH_OLMO2:
-        case LLM_ARCH_OLMOE:
-        case LLM_ARCH_NEMOTRON:
-        case LLM_ARCH_EXAONE:
-        case LLM_ARCH_ERNIE4_5:
-        case LLM_ARCH_SEED_OSS:
-        case LLM_ARCH_ARCEE:
-        case LLM_ARCH_MISTRAL3:
-            return true;
-        default:
-            return false;
+const char * llama_tca_layer_kept(const llama_model & model, uint32_t il) {
+    const llama_hparams & hparams = model.hparams;
+    if (il >= hparams.n_layer()) {
+        return "no part in the forward pass (a prediction layer)";
     }
-}
-
-// The same for architectures that mix sliding-window and full attention over the iSWA attention input. Both kinds of layers
-// rotate their keys (a full layer without RoPE would be un-rotated by mistake), and there are no attention sinks or biases.
-static bool arch_has_iswa_attention(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_GEMMA2:
-        case LLM_ARCH_GEMMA3:
-            return true;
-        default:
-            return false;
+    if (hparams.is_recr(il)) {
+        return "no attention (a recurrent layer)";
     }
-}
-
-bool llama_tca_layer_slides(const llama_model & model, uint32_t il) {
-    return model.hparams.swa_type != LLAMA_SWA_TYPE_NONE && model.hparams.is_swa(il);
+    if (hparams.n_head_kv(il) == 0) {
+        return "no attention";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il)) {
+        return "sliding-window attention";
+    }
+    return nullptr;
 }
 
 std::string llama_tca_unsupported(const llama_model & model) {
-    const llama_hparams & hparams = model.hparams;
+    const llama_hparams  & hparams = model.hparams;
+    const tca_arch_entry * entry   = tca_arch_find(model.arch);
 
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        if (hparams.swa_type != LLAMA_SWA_TYPE_STANDARD || !arch_has_iswa_attention(model.arch)) {
-            return "architecture '" + model.arch_name() + "' uses a kind of sliding-window attention that the ragged cache does not serve yet";
-        }
-        uint32_t n_full = 0;
-        for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-            n_full += hparams.is_swa(il) ? 0 : 1;
-        }
-        if (n_full == 0) {
-            return "every layer uses sliding-window attention, so there is nothing to evict";
-        }
-    } else if (!arch_has_plain_attention(model.arch)) {
-        return "architecture '" + model.arch_name() + "' does not use, or is not known to use, the plain KV attention input";
+    if (entry == nullptr) {
+        return "architecture '" + model.arch_name() + "' is not known to the ragged cache";
+    }
+    if (entry->inputs == TCA_INPUT_NONE) {
+        return "architecture '" + model.arch_name() + "': " + entry->remark;
+    }
+    const uint8_t input = hparams.swa_type == LLAMA_SWA_TYPE_NONE ? TCA_INPUT_KV : TCA_INPUT_ISWA;
+    if (!(entry->inputs & input) || hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
+        return "architecture '" + model.arch_name() + "' with this kind of sliding-window attention is not served";
     }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return "it uses ALiBi position biases";
@@ -88,36 +49,59 @@ std::string llama_tca_unsupported(const llama_model & model) {
     if (!hparams.causal_attn) {
         return "its attention is not causal";
     }
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_MROPE || hparams.rope_type == LLAMA_ROPE_TYPE_IMROPE || hparams.n_pos_per_embd() > 1) {
-        return "it uses multi-dimensional RoPE";
-    }
     if (hparams.is_mla()) {
         return "it uses multi-head latent attention";
     }
+    int64_t first = -1;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
+        if (llama_tca_layer_kept(model, il) != nullptr) {
+            continue;
+        }
         if (!hparams.has_kv(il)) {
             return "layer " + std::to_string(il) + " has no KV cache of its own";
         }
-        if (hparams.n_head_kv(il) != hparams.n_head_kv(0) || hparams.n_head_kv(il) == 0) {
+        first = first < 0 ? il : first;
+        if (hparams.n_head_kv(il) != hparams.n_head_kv(first)) {
             return "its layers have different numbers of KV heads";
         }
+    }
+    if (first < 0) {
+        return "it has no layer with full attention, so there is nothing to evict";
     }
     return "";
 }
 
+llama_tca_shape llama_tca_shape_of(const llama_model & model) {
+    const llama_hparams & hparams = model.hparams;
+
+    llama_tca_shape shape = { hparams.n_layer_all, 0, 0, 0, std::vector<bool>(hparams.n_layer_all) };
+    for (uint32_t il = 0; il < shape.n_layer; ++il) {
+        shape.stored[il] = llama_tca_layer_kept(model, il) == nullptr;
+        if (shape.stored[il]) {
+            shape.n_head_kv  = hparams.n_head_kv(il);
+            shape.head_dim_k = hparams.n_embd_head_k(il);
+            shape.head_dim_v = hparams.n_embd_head_v(il);
+        }
+    }
+    return shape;
+}
+
 std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budgets) {
-    const uint32_t n_head_kv = budgets.n_head_kv;
-    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
-        const int32_t config = budgets.head_config[(size_t) il*n_head_kv];
-        const bool    slides = llama_tca_layer_slides(model, il);
-        if (slides != (config == TCA_HEAD_SLIDING)) {
-            return format("tca.head_config[%u] is %d, but layer %u of this model has %s attention, so it must %sbe -2", il*n_head_kv,
-                    config, il, slides ? "sliding-window" : "full", slides ? "" : "not ");
+    const llama_tca_shape shape = llama_tca_shape_of(model);
+    if (budgets.n_layer != shape.n_layer || budgets.n_head_kv != shape.n_head_kv) {
+        return format("tca.head_config is %u x %u, this model has %u layers of %u KV heads", budgets.n_layer, budgets.n_head_kv,
+                shape.n_layer, shape.n_head_kv);
+    }
+    for (uint32_t il = 0; il < shape.n_layer; ++il) {
+        const int32_t config = budgets.head_config[(size_t) il*shape.n_head_kv];
+        if (shape.stored[il] == (config == TCA_HEAD_SLIDING)) {
+            const char * kept = llama_tca_layer_kept(model, il);
+            return format("tca.head_config[%u] is %d, but layer %u of this model has %s, so it must %sbe -2", il*shape.n_head_kv,
+                    config, il, kept ? kept : "full attention", kept ? "" : "not ");
         }
-        if (!slides && budgets.n_probe > 0 && budgets.n_probe != model.hparams.n_embd_head_k(il)) {
-            return format("tca.probe has %u entries a head, layer %u of this model has keys of %u", budgets.n_probe, il,
-                    model.hparams.n_embd_head_k(il));
-        }
+    }
+    if (budgets.n_probe > 0 && budgets.n_probe != shape.head_dim_k) {
+        return format("tca.probe has %u entries a head, this model has keys of %u", budgets.n_probe, shape.head_dim_k);
     }
     return "";
 }
@@ -133,13 +117,13 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
         return;
     }
 
-    const uint32_t n_layer   = model.hparams.n_layer_all;
-    const uint32_t n_head_kv = n_layer > 0 ? model.hparams.n_head_kv(0) : 0;
+    const std::string     reason = llama_tca_unsupported(model);
+    const llama_tca_shape shape  = llama_tca_shape_of(model);
 
     tca_budgets_data budgets;
     bool             enabled = true;
     std::string      problem;
-    const tca_status status = tca_budgets_from_gguf(ml.metadata, n_layer, n_head_kv, budgets, enabled, problem);
+    const tca_status status = tca_budgets_from_gguf(ml.metadata, shape.n_layer, shape.n_head_kv, budgets, enabled, problem);
 
     if (status == TCA_NO_BUDGETS) {
         if (forced) {
@@ -152,7 +136,6 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
         return;
     }
 
-    const std::string reason = llama_tca_unsupported(model);
     if (!reason.empty()) {
         throw std::runtime_error("the file carries tca.* budgets, but TCA cannot run this model: " + reason +
                 "; load it with --override-kv tca.enabled=bool:false, or run strip-budgets");
@@ -196,8 +179,27 @@ static void say_on(const llama_memory_i & memory, const llama_memory_params & pa
             n_stored, plan.n_layer(), plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks);
 }
 
+static thread_local bool want_stock = false;  // create_memory() is asked for a stock memory by us
+
+llama_memory_ptr llama_tca_stock_memory(const llama_model & model, const llama_cparams & cparams) {
+    llama_memory_params params = {};
+    params.type_k   = GGML_TYPE_F16;
+    params.type_v   = GGML_TYPE_F16;
+    params.ctx_type = LLAMA_CONTEXT_TYPE_DEFAULT;
+
+    want_stock = true;
+    try {
+        llama_memory_ptr memory { model.create_memory(params, cparams) };
+        want_stock = false;
+        return memory;
+    } catch (...) {
+        want_stock = false;
+        throw;
+    }
+}
+
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
-    if (!model.tca) {
+    if (!model.tca || want_stock) {
         return nullptr;
     }
     if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
@@ -206,16 +208,16 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     if (!cparams.causal_attn) {
         throw std::runtime_error("tca: non-causal attention cannot use the ragged cache; load with --override-kv tca.enabled=bool:false");
     }
-    llama_memory_i * memory;
+    std::unique_ptr<llama_memory_i> memory;
     if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        memory = new llama_kv_cache_tca_iswa(model, cparams, params);
+        memory = std::make_unique<llama_kv_cache_tca_iswa>(model, cparams, params);
     } else {
-        memory = new llama_kv_cache_tca(model, cparams, params.type_k, params.type_v);
+        memory = std::make_unique<llama_kv_cache_tca>(model, cparams, params.type_k, params.type_v);
     }
     if (!model.hparams.no_alloc) {
         say_on(*memory, params);
     }
-    return memory;
+    return memory.release();
 }
 
 uint32_t llama_tca_graph_nodes(const llama_model & model, uint32_t n_tokens) {

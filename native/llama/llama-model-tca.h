@@ -3,6 +3,8 @@
 
 #include "plan/tca-plan.h"
 
+#include <memory>
+
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
@@ -21,15 +23,28 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml);
 // Empty if the ragged cache can serve this model, else the reason.
 std::string llama_tca_unsupported(const llama_model & model);
 
-// Whether layer il has sliding-window attention and stays in the stock cache.
-bool llama_tca_layer_slides(const llama_model & model, uint32_t il);
+// nullptr if layer il is in the ragged store; else why llama.cpp keeps it: "sliding-window attention", "no attention", ...
+const char * llama_tca_layer_kept(const llama_model & model, uint32_t il);
 
-// Empty if the budgets treat as sliding-window layers just those that the model has; else one line that names the key.
-// head_config [n_layer, n_head_kv].
+// What budgets of this model look like: rows and KV heads of head_config, sizes of one key and one value of one head. Every layer
+// in the store has the same; the others may differ. Only for a model that is not unsupported.
+struct llama_tca_shape {
+    uint32_t          n_layer;     // all layers that the file counts, those that llama.cpp keeps included
+    uint32_t          n_head_kv;
+    uint32_t          head_dim_k;
+    uint32_t          head_dim_v;
+    std::vector<bool> stored;      // [n_layer]
+};
+llama_tca_shape llama_tca_shape_of(const llama_model & model);
+
+// Empty if the budgets have the model's shape and leave to llama.cpp just those layers that it keeps; else one line that names the key.
 std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budgets);
 
 // Every sequence has a stream of its own in the ragged cache: turns kv_unified off before the context sizes are derived.
 void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams);
+
+// The stock memory of the model, whatever budgets it carries, f16.
+std::unique_ptr<llama_memory_i> llama_tca_stock_memory(const llama_model & model, const llama_cparams & cparams);
 
 // nullptr: use the stock memory. Throws std::runtime_error if the setting cannot work.
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);

@@ -115,7 +115,7 @@ def full_layers(model: Model | Path, own: Budgets | None) -> list[int]:
     if own is not None:
         return own.stored_layers()
     with Session(model, 32, overrides={"tca.enabled": False}) as session:
-        return [layer for layer in range(session.n_layer) if not native.layer_slides(session.address, layer)]
+        return list(session.shape.stored)
 
 
 def policy_names(settings: Settings) -> tuple[tuple[str, ...], tuple[float, ...]]:

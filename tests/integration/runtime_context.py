@@ -76,14 +76,18 @@ class LoadError(Exception):
 
 
 class Context:
-    """A model and a context of one thread. Tokens are lists of ints; positions of a sequence count from 0."""
+    """A model and a context of one thread. Tokens are lists of ints; positions of a sequence count from 0.
+
+    source: path of a model, or something with the `handle` of an open one, which stays open.
+    """
 
     lines: list[str] = []
     _log: Any = None
 
-    def __init__(self, path: Path, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
+    def __init__(self, source: Any, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
                  n_seq_max: int = 1, kv_unified: bool = False, flash: int | None = None, enabled: bool | int | str | None = None,
-                 swa_full: bool = True, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None) -> None:  # fmt: skip
+                 swa_full: bool = True, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None,
+                 capture: native.Capture | None = None) -> None:  # fmt: skip
         self.C = C = llama.load().llama_cpp
         self._take_log()
         self.model = self.ctx = None
@@ -98,7 +102,8 @@ class Context:
             else:
                 override[0].tag, override[0].value.val_str = C.LLAMA_KV_OVERRIDE_TYPE_STR, enabled.encode()
             self._override = params.kv_overrides = override
-        self.model = C.llama_model_load_from_file(str(path).encode(), params)
+        self._owned = not hasattr(source, "handle")
+        self.model = C.llama_model_load_from_file(str(source).encode(), params) if self._owned else source.handle
         if not self.model:
             raise LoadError("".join(self.lines))
         p = C.llama_context_default_params()
@@ -113,9 +118,13 @@ class Context:
         self._profile = profile
         if profile is not None:
             p.cb_eval, p.cb_eval_user_data = type(p.cb_eval)(profile.eval_ptr), profile.handle
+        self._capture = capture
+        if capture is not None:
+            p.cb_eval, p.cb_eval_user_data = type(p.cb_eval)(capture.eval_ptr), capture.handle
         self.ctx = C.llama_init_from_model(self.model, p)
         if not self.ctx:
-            C.llama_model_free(self.model)
+            if self._owned:
+                C.llama_model_free(self.model)
             raise LoadError("".join(self.lines))
         self.address = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
         self.memory = C.llama_get_memory(self.ctx)
@@ -139,7 +148,8 @@ class Context:
     def close(self) -> None:
         if self.ctx:
             self.C.llama_free(self.ctx)
-            self.C.llama_model_free(self.model)
+            if self._owned:
+                self.C.llama_model_free(self.model)
             self.ctx = self.model = None
 
     def __enter__(self) -> Context:

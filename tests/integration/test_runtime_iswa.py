@@ -3,6 +3,7 @@ fourth with full attention."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_only_full_layers_have_regions(tca: Path, ids: list[int], whole) -> None
         info, predicted = c.info(), budgets.kv_bytes(HEAD_DIM, HEAD_DIM, 4096)
         assert (info.kv_bytes, info.kv_bytes_dense) == predicted
         assert predicted[1] == 4096 * len(FULL) * N_HEAD_KV * 2 * HEAD_DIM * 2
-        assert [native.layer_slides(c.address, layer) for layer in range(N_LAYER)] == [layer not in FULL for layer in range(N_LAYER)]
+        assert native.model_shape(ctypes.cast(c.model, ctypes.c_void_p).value).stored == tuple(FULL)
 
 
 @pytest.mark.parametrize(("n_ctx", "n_ubatch", "kv_type"), [(4096, 512, "f16"), (1024, 64, "q8_0"), (300, 512, "f16")])

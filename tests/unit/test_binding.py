@@ -32,7 +32,9 @@ def test_every_function_is_declared_alike() -> None:
 
 def test_every_struct_field_is_declared() -> None:
     structs = re.findall(r"struct (tca_\w+) \{(.*?)\};", HEADER, re.DOTALL)
-    assert {name for name, _ in structs} == {"tca_budgets", "tca_context_info", "tca_group", "tca_rope", "tca_layer_qkv"}
+    assert {name for name, _ in structs} == {
+        "tca_arch", "tca_budgets", "tca_context_info", "tca_group", "tca_layer_qkv", "tca_model_shape", "tca_rope",
+    }
     for name, body in structs:
         declared = re.search(rf"struct {name} \{{(.*?)\.\.\.;", CDEF, re.DOTALL)
         assert declared is not None, name

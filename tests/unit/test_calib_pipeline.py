@@ -130,6 +130,7 @@ class FakeSession:
 
     n_batch = 20
     address = 1
+    shape = property(lambda self: SimpleNamespace(stored=tuple(layer for layer in range(N_LAYER) if layer not in SLIDING_LAYERS)))
 
     def __init__(self, capture, n_kv_error=0, skip_layer=-1):
         self.capture, self.n_kv_error, self.skip_layer, self.n = capture, n_kv_error, skip_layer, 0
@@ -167,7 +168,6 @@ def fake_native(monkeypatch):
     native.Capture = lambda fn: SimpleNamespace(callback=fn, error=None)
     native.context_rope = lambda address, layer: None
     native.needs_queries = lambda metric: False
-    native.layer_slides = lambda address, layer: layer in SLIDING_LAYERS
     native.select = lambda keys, positions, rope, *_, probe=None, **__: (None, scores_of(keys, probe))
     import tca_gguf
 

@@ -1,0 +1,190 @@
+#include "tca-archs.h"
+
+// Checked against src/models of the pin (native/README.md, "Moving to another upstream version"). A served architecture has a row
+// in tests/integration/tiny_models.py, which runs it on random weights; a refused one is loaded there with budgets, too.
+static constexpr uint8_t KV = TCA_INPUT_KV, ISWA = TCA_INPUT_ISWA, NONE = TCA_INPUT_NONE;
+
+static constexpr const char * ALIBI     = "position biases on the scores (ALiBi)";
+static constexpr const char * ENCODER   = "an encoder without a KV cache";
+static constexpr const char * DIFFUSION = "a diffusion model without a KV cache";
+static constexpr const char * RECURRENT = "recurrent layers only, there is no KV cache";
+static constexpr const char * HYBRID    = "recurrent layers beside attention are not served yet";
+static constexpr const char * LATENT    = "multi-head latent attention: keys and values are views of one latent row";
+static constexpr const char * INDEXER   = "its graph reads the cache itself: an indexer chooses cells";
+static constexpr const char * SINKS     = "learned attention sinks are not served yet";
+static constexpr const char * DRAFTER   = "a drafter that works on another model's cache";
+static constexpr const char * HEADS     = "its layers have different numbers of KV heads";
+
+static const tca_arch_entry ARCHS[] = {
+    // every layer alike
+    { LLM_ARCH_LLAMA,            KV,   "" },
+    { LLM_ARCH_FALCON,           KV,   "" },
+    { LLM_ARCH_BAICHUAN,         KV,   "7B; 13B has position biases" },
+    { LLM_ARCH_GPT2,             KV,   "" },
+    { LLM_ARCH_GPTNEOX,          KV,   "" },
+    { LLM_ARCH_STARCODER,        KV,   "" },
+    { LLM_ARCH_STARCODER2,       KV,   "" },
+    { LLM_ARCH_STABLELM,         KV,   "" },
+    { LLM_ARCH_QWEN,             KV,   "" },
+    { LLM_ARCH_QWEN2,            KV,   "" },
+    { LLM_ARCH_QWEN2MOE,         KV,   "" },
+    { LLM_ARCH_QWEN3,            KV,   "" },
+    { LLM_ARCH_QWEN3MOE,         KV,   "" },
+    { LLM_ARCH_PHI2,             KV,   "" },
+    { LLM_ARCH_PHI3,             KV,   "Phi-3, Phi-4" },
+    { LLM_ARCH_PHIMOE,           KV,   "" },
+    { LLM_ARCH_PLAMO,            KV,   "" },
+    { LLM_ARCH_CODESHELL,        KV,   "" },
+    { LLM_ARCH_ORION,            KV,   "" },
+    { LLM_ARCH_INTERNLM2,        KV,   "" },
+    { LLM_ARCH_MINICPM,          KV,   "" },
+    { LLM_ARCH_GEMMA,            KV,   "" },
+    { LLM_ARCH_XVERSE,           KV,   "" },
+    { LLM_ARCH_COMMAND_R,        KV,   "" },
+    { LLM_ARCH_DBRX,             KV,   "" },
+    { LLM_ARCH_OLMO,             KV,   "" },
+    { LLM_ARCH_OLMOE,            KV,   "" },
+    { LLM_ARCH_ARCTIC,           KV,   "" },
+    { LLM_ARCH_DEEPSEEK,         KV,   "" },
+    { LLM_ARCH_CHATGLM,          KV,   "" },
+    { LLM_ARCH_GLM4,             KV,   "GLM-4, GLM-Z1" },
+    { LLM_ARCH_BITNET,           KV,   "" },
+    { LLM_ARCH_JAIS2,            KV,   "" },
+    { LLM_ARCH_NEMOTRON,         KV,   "" },
+    { LLM_ARCH_EXAONE,           KV,   "" },
+    { LLM_ARCH_GRANITE,          KV,   "" },
+    { LLM_ARCH_GRANITE_MOE,      KV,   "" },
+    { LLM_ARCH_BAILINGMOE,       KV,   "" },
+    { LLM_ARCH_DOTS1,            KV,   "" },
+    { LLM_ARCH_ARCEE,            KV,   "" },
+    { LLM_ARCH_ERNIE4_5,         KV,   "" },
+    { LLM_ARCH_ERNIE4_5_MOE,     KV,   "" },
+    { LLM_ARCH_HUNYUAN_MOE,      KV,   "" },
+    { LLM_ARCH_HUNYUAN_DENSE,    KV,   "" },
+    { LLM_ARCH_SMOLLM3,          KV,   "" },
+    { LLM_ARCH_SEED_OSS,         KV,   "" },
+    { LLM_ARCH_GROVEMOE,         KV,   "" },
+    { LLM_ARCH_APERTUS,          KV,   "" },
+    { LLM_ARCH_HRM_TEXT,         KV,   "" },
+    { LLM_ARCH_MINIMAX_M2,       KV,   "" },
+    { LLM_ARCH_PANGU_EMBED,      KV,   "" },
+    { LLM_ARCH_MISTRAL3,         KV,   "Ministral 3, Devstral" },
+    { LLM_ARCH_MAINCODER,        KV,   "" },
+    { LLM_ARCH_TALKIE,           KV,   "" },
+    { LLM_ARCH_NANBEIGE,         KV,   "" },
+    { LLM_ARCH_QWEN2VL,           KV, "text; images are refused" },
+    { LLM_ARCH_QWEN3VL,           KV, "text; images are refused" },
+    { LLM_ARCH_QWEN3VLMOE,        KV, "text; images are refused" },
+    { LLM_ARCH_PADDLEOCR,         KV, "text; images are refused" },
+    { LLM_ARCH_HUNYUAN_VL,        KV, "text; images are refused" },
+    { LLM_ARCH_GLM4_MOE,          KV, "GLM-4.5, 4.6, 4.7" },
+    { LLM_ARCH_BAILINGMOE2,       KV, "Ling 2, Ring 2" },
+    { LLM_ARCH_HY_V3,             KV, "" },
+    { LLM_ARCH_MINICPM3,          KV, "" },
+    { LLM_ARCH_DEEPSEEK2OCR,      KV, "text" },
+    { LLM_ARCH_DECI,              KV, "files whose layers with attention have the same heads" },
+    { LLM_ARCH_DEEPSEEK2,        KV,   "files without latent attention; with it (V2, V3, R1, Kimi K2, GLM-4.7-Flash) it is refused" },
+
+    // sliding-window and full attention mixed
+    { LLM_ARCH_GEMMA2,           ISWA, "" },
+    { LLM_ARCH_GEMMA3,           KV | ISWA, "" },
+    { LLM_ARCH_OLMO2,            KV | ISWA, "OLMo 2, Olmo 3" },
+    { LLM_ARCH_PLAMO3,           KV | ISWA, "" },
+    { LLM_ARCH_SPARK2_5,         ISWA, "" },
+    { LLM_ARCH_LAGUNA,            KV | ISWA, "" },
+    { LLM_ARCH_MELLUM,            KV | ISWA, "" },
+    { LLM_ARCH_COHERE2,           ISWA, "Command A" },
+    { LLM_ARCH_COHERE2MOE,        ISWA, "" },
+    { LLM_ARCH_EXAONE4,           KV | ISWA, "" },
+    { LLM_ARCH_EXAONE_MOE,        ISWA, "" },
+    { LLM_ARCH_MAPLE,             ISWA, "" },
+    { LLM_ARCH_MUSE_GLIMMER,      ISWA, "" },
+    { LLM_ARCH_AFMOE,             ISWA, "Trinity" },
+    { LLM_ARCH_SMALLTHINKER,      KV | ISWA, "" },
+    { LLM_ARCH_LLAMA4,            KV | ISWA, "text; its chunked layers stay in the stock cache" },
+    { LLM_ARCH_STEP35,            ISWA, "Step 3.5" },
+
+    // refused
+    { LLM_ARCH_OPENELM,          NONE, HEADS },
+    { LLM_ARCH_GRANITE_SWITCH,   NONE, "its router layer must never forget a token" },
+    { LLM_ARCH_GROK,             NONE, "its attention scales scores in a way that llama.cpp computes without flash attention" },
+    { LLM_ARCH_BLOOM,            NONE, ALIBI },
+    { LLM_ARCH_MPT,              NONE, ALIBI },
+    { LLM_ARCH_REFACT,           NONE, ALIBI },
+    { LLM_ARCH_JAIS,             NONE, ALIBI },
+    { LLM_ARCH_T5,               NONE, "position biases on the scores, and an encoder" },
+    { LLM_ARCH_CHAMELEON,        NONE, "llama.cpp's graph of it is unfinished" },
+    { LLM_ARCH_COGVLM,           NONE, "llama.cpp's graph of it returns logits of other tokens than those asked for" },
+    { LLM_ARCH_PLM,              NONE, "llama.cpp cannot run it with flash attention, which calibration needs" },
+    { LLM_ARCH_GPTJ,             NONE, "llama.cpp has no graph for it" },
+    { LLM_ARCH_QWEN3TTS,         NONE, "speech, not text" },
+    { LLM_ARCH_POCKETTTS,        NONE, "speech, not text" },
+    { LLM_ARCH_WAVTOKENIZER_DEC, NONE, "speech, not text" },
+    { LLM_ARCH_OPENAI_MOE,       NONE, SINKS },
+    { LLM_ARCH_GRANITE_SWA,      NONE, SINKS },
+    { LLM_ARCH_MIMO2,            NONE, SINKS },
+    { LLM_ARCH_GEMMA4,           NONE, "layers that share keys and values are not served yet" },
+    { LLM_ARCH_GEMMA3N,          NONE, "layers that share keys and values are not served yet" },
+    { LLM_ARCH_GEMMA4_ASSISTANT, NONE, DRAFTER },
+    { LLM_ARCH_EAGLE3,           NONE, DRAFTER },
+    { LLM_ARCH_DFLASH,           NONE, DRAFTER },
+    { LLM_ARCH_QWEN35,           NONE, HYBRID },
+    { LLM_ARCH_QWEN35MOE,        NONE, HYBRID },
+    { LLM_ARCH_QWEN3NEXT,        NONE, HYBRID },
+    { LLM_ARCH_NEMOTRON_H,       NONE, HYBRID },
+    { LLM_ARCH_NEMOTRON_H_MOE,   NONE, HYBRID },
+    { LLM_ARCH_GRANITE_HYBRID,   NONE, HYBRID },
+    { LLM_ARCH_LFM2,             NONE, HYBRID },
+    { LLM_ARCH_LFM2MOE,          NONE, HYBRID },
+    { LLM_ARCH_JAMBA,            NONE, HYBRID },
+    { LLM_ARCH_PLAMO2,           NONE, HYBRID },
+    { LLM_ARCH_FALCON_H1,        NONE, HYBRID },
+    { LLM_ARCH_MINIMAX_01,       NONE, HYBRID },
+    { LLM_ARCH_MISTRAL4,         NONE, LATENT },
+    { LLM_ARCH_KIMI_LINEAR,      NONE, LATENT },
+    { LLM_ARCH_KIMI_K3,          NONE, LATENT },
+    { LLM_ARCH_BAILINGMOE3,      NONE, LATENT },
+    { LLM_ARCH_HY_V4,            NONE, LATENT },
+    { LLM_ARCH_DEEPSEEK32,       NONE, INDEXER },
+    { LLM_ARCH_GLM_DSA,          NONE, INDEXER },
+    { LLM_ARCH_DOTS3NOTE,        NONE, INDEXER },
+    { LLM_ARCH_GLM5_NEXT,        NONE, INDEXER },
+    { LLM_ARCH_QWEN4EXP,         NONE, INDEXER },
+    { LLM_ARCH_MINIMAX_M3,       NONE, INDEXER },
+    { LLM_ARCH_DEEPSEEK4,        NONE, "its graph reads the cache itself: compressed keys" },
+    { LLM_ARCH_MAMBA,            NONE, RECURRENT },
+    { LLM_ARCH_MAMBA2,           NONE, RECURRENT },
+    { LLM_ARCH_RWKV6,            NONE, RECURRENT },
+    { LLM_ARCH_RWKV6QWEN2,       NONE, RECURRENT },
+    { LLM_ARCH_RWKV7,            NONE, RECURRENT },
+    { LLM_ARCH_ARWKV7,           NONE, RECURRENT },
+    { LLM_ARCH_DREAM,            NONE, DIFFUSION },
+    { LLM_ARCH_LLADA,            NONE, DIFFUSION },
+    { LLM_ARCH_LLADA_MOE,        NONE, DIFFUSION },
+    { LLM_ARCH_RND1,             NONE, DIFFUSION },
+    { LLM_ARCH_BERT,             NONE, ENCODER },
+    { LLM_ARCH_MODERN_BERT,      NONE, ENCODER },
+    { LLM_ARCH_NOMIC_BERT,       NONE, ENCODER },
+    { LLM_ARCH_NOMIC_BERT_MOE,   NONE, ENCODER },
+    { LLM_ARCH_NEO_BERT,         NONE, ENCODER },
+    { LLM_ARCH_JINA_BERT_V2,     NONE, ENCODER },
+    { LLM_ARCH_JINA_BERT_V3,     NONE, ENCODER },
+    { LLM_ARCH_EUROBERT,         NONE, ENCODER },
+    { LLM_ARCH_GEMMA_EMBEDDING,  NONE, ENCODER },
+    { LLM_ARCH_LLAMA_EMBED,      NONE, ENCODER },
+    { LLM_ARCH_T5ENCODER,        NONE, ENCODER },
+    { LLM_ARCH_CLIP,             NONE, "an image encoder" },
+};
+
+const tca_arch_entry * tca_arch_find(llm_arch arch) {
+    for (const tca_arch_entry & entry : ARCHS) {
+        if (entry.arch == arch) {
+            return &entry;
+        }
+    }
+    return nullptr;
+}
+
+const tca_arch_entry * tca_arch_at(size_t i) {
+    return i < sizeof(ARCHS)/sizeof(ARCHS[0]) ? &ARCHS[i] : nullptr;
+}
