@@ -1,7 +1,7 @@
 """Answering prompts token by token, with a cache that is kept between the turns of a conversation.
 
-`Engine` evaluates a prompt and samples a reply; of a prompt that continues what the cache holds only the new tokens are
-evaluated. `Chat` is a conversation on top of it. Both work with any Llama of llama-cpp-python, dense or ragged.
+`Engine` evaluates a prompt and samples a reply; of a prompt only what the cache does not hold, and no checkpoint brings back, is
+evaluated (checkpoints.py). `Chat` is a conversation on top of it: asking, asking again, taking back, changing what was asked.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from . import kv
+from .checkpoints import Fill, Prefix
 from .errors import TcaError
 from .loading import context_address
 
@@ -30,6 +29,7 @@ class Turn:
     prompt_tokens: int = 0
     evaluated_tokens: int = 0  # of the prompt; the others were in the cache
     reused_tokens: int = 0
+    source: str = ""  # of the reused ones: "cache" or "checkpoint"
     generated_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -63,6 +63,8 @@ class Engine:
 
         self.llm, self.sampling, self._lib = llm, sampling or Sampling(), load()
         self._vocab = self._lib.llama_model_get_vocab(llm.model)
+        self.prefix: Prefix = getattr(llm, "prefix", None) or Prefix(llm)
+        self._seed = int(getattr(llm, "_seed", self._lib.LLAMA_DEFAULT_SEED))
 
     @property
     def n_ctx(self) -> int:
@@ -92,52 +94,36 @@ class Engine:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
     def prefill(self, tokens: Sequence[int], turn: Turn, stop: Callable[[], bool] | None = None) -> bool:
-        """Brings the cache to hold exactly ``tokens``, evaluating those it does not hold yet. False if ``stop`` said so.
-
-        A cache that cannot forget the tokens past the common prefix (they were compacted) starts over.
-        """
-        llm, tokens = self.llm, list(tokens)
-        if not tokens:
-            raise TcaError("the prompt is empty")
+        """Brings the cache to hold exactly ``tokens``, evaluating those it does not hold yet. False if ``stop`` said so."""
         if len(tokens) >= self.n_ctx:
             raise TcaError(f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx}; give a larger --ctx")
-        held = llm.input_ids[: llm.n_tokens]
-        same = np.flatnonzero(held[: len(tokens)] != np.asarray(tokens[: len(held)]))
-        keep = int(same[0]) if len(same) else min(len(held), len(tokens))
-        keep = min(keep, len(tokens) - 1)  # the last token is evaluated again for its logits
-        if keep < llm.n_tokens:
-            memory = self._lib.llama_get_memory(llm.ctx)
-            if not self._lib.llama_memory_seq_rm(memory, 0, keep, -1):
-                keep = 0
-            llm.n_tokens = keep
-        if keep == 0:
-            llm.reset()
-        turn.prompt_tokens, turn.reused_tokens = len(tokens), keep
-        started = time.perf_counter()
-        for at in range(keep, len(tokens), llm.n_batch):
-            if stop is not None and stop():
-                turn.stopped = "interrupt"
-                return False
-            part = tokens[at : at + llm.n_batch]
-            llm.eval(part)
-            turn.evaluated_tokens += len(part)
-            turn.prefill_seconds = time.perf_counter() - started
-        return True
+
+        def note(fill: Fill) -> None:
+            turn.prompt_tokens, turn.evaluated_tokens = fill.prompt_tokens, fill.evaluated_tokens
+            turn.reused_tokens, turn.source, turn.prefill_seconds = fill.kept_tokens, fill.source, fill.seconds
+
+        fill = self.prefix.fill(tokens, stop, note)
+        note(fill)
+        turn.stopped = turn.stopped if fill.finished else "interrupt"
+        return fill.finished
 
     def reply(
-        self, tokens: Sequence[int], n_max: int, turn: Turn, stop: Callable[[], bool] | None = None
+        self, tokens: Sequence[int], n_max: int, turn: Turn, stop: Callable[[], bool] | None = None, attempt: int = 0
     ) -> Iterator[tuple[int, str]]:
         """Evaluates ``tokens`` and yields (token, text it completes) until the end of the reply, n_max or the context's end.
 
-        ``stop()`` is asked before every step. n_max < 0: no limit but the context. The text of a token may be empty.
+        ``stop()`` is asked before every step. n_max < 0: no limit but the context. The text of a token may be empty. attempt: with
+        a seed that was given, another number samples another answer, the same every time.
         """
         if not self.prefill(tokens, turn, stop):
             return
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         s = self.sampling
+        if self._seed != self._lib.LLAMA_DEFAULT_SEED:
+            self.llm.set_seed((self._seed + attempt) % 2**32)
         # all of the prompt is in the cache by now, so this only samples and decodes
         stream = self.llm.generate(
-            list(tokens), temp=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=1.0
+            [], reset=False, temp=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=1.0
         )
         started = time.perf_counter()
         turn.stopped = "length"
@@ -186,9 +172,10 @@ def chat_prompt(llm: Llama, messages: Sequence[dict[str, str]]) -> str:
 
 @dataclass
 class Chat:
-    """A conversation. `ask` streams the reply; `turns` holds what each one took.
+    """A conversation. `ask`, `retry` and `edit` stream the reply; `turns` holds what each one took.
 
-    The tokens of what was said stay in the cache: the next prompt evaluates only its new ones.
+    The tokens of what was said stay in the cache: the next prompt evaluates only its new ones. What is taken back costs no more
+    than the way from the nearest checkpoint.
     """
 
     engine: Engine
@@ -196,8 +183,9 @@ class Chat:
     n_max: int = -1
     messages: list[dict[str, str]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    _tokens: list[int] = field(default_factory=list)  # of _text
-    _text: str = ""  # the conversation so far as the template wrote it and the model continued it
+    # after every answer: the conversation so far as the template wrote it and the model continued it, and its tokens
+    _written: list[tuple[str, list[int]]] = field(default_factory=list)
+    _tries: int = 0  # answers asked for again, so that each is sampled anew
 
     def __post_init__(self) -> None:
         self.reset()
@@ -206,7 +194,40 @@ class Chat:
         """Forgets the conversation (the cache is cut back at the next prompt)."""
         self.messages[:] = [{"role": "system", "content": self.system}] if self.system else []
         self.turns.clear()
-        self._tokens, self._text = [], ""
+        self._written.clear()
+
+    @property
+    def asked(self) -> list[str]:
+        """What the user said, oldest first."""
+        return [message["content"] for message in self.messages if message["role"] == "user"]
+
+    def undo(self, count: int = 1) -> list[str]:
+        """Takes back the last questions with their answers and returns the questions, oldest first."""
+        count = min(count, len(self.asked))
+        if count < 1:
+            return []
+        taken = self.asked[-count:]
+        del self.messages[len(self.messages) - 2 * count :]
+        del self._written[len(self._written) - count :]
+        return taken
+
+    def retry(self, stop: Callable[[], bool] | None = None) -> Iterator[str]:
+        """Asks the last question again and yields the new answer, sampled anew. Raises TcaError if nothing was asked."""
+        return self.edit(self.asked[-1] if self.asked else "", stop)
+
+    def edit(self, text: str, stop: Callable[[], bool] | None = None) -> Iterator[str]:
+        """Asks ``text`` in place of the last question; if it is stopped before the first token, or fails, all is as before."""
+        if not self.asked:
+            raise TcaError("nothing was asked yet")
+        messages, written = list(self.messages), list(self._written)
+        self.undo()
+        left = len(self.messages)
+        self._tries += 1
+        try:
+            yield from self.ask(text, stop)
+        finally:
+            if len(self.messages) == left:
+                self.messages[:], self._written[:] = messages, written
 
     def ask(self, text: str, stop: Callable[[], bool] | None = None) -> Iterator[str]:
         """Says ``text`` and yields the reply in pieces. An interrupted reply counts as said so far.
@@ -229,10 +250,10 @@ class Chat:
                 return
             answer = "".join(reply)
             self.messages[:] = [*messages, {"role": "assistant", "content": answer}]
-            self._tokens, self._text = tokens + said, prompt + answer
+            self._written.append((prompt + answer, tokens + said))
 
         try:
-            for token, piece in self.engine.reply(tokens, self.n_max, turn, stop):
+            for token, piece in self.engine.reply(tokens, self.n_max, turn, stop, self._tries):
                 if token >= 0:
                     said.append(token)
                 if piece:
@@ -245,18 +266,24 @@ class Chat:
 
     def _tokens_of(self, prompt: str) -> list[int]:
         """Tokens of a prompt; those of the conversation so far as they were, not as a tokenizer would split them again."""
-        if self._text and prompt.startswith(self._text):
-            return self._tokens + self.engine.tokenize(prompt[len(self._text) :], first=False)
+        text, tokens = self._written[-1] if self._written else ("", [])
+        if text and prompt.startswith(text):
+            return tokens + self.engine.tokenize(prompt[len(text) :], first=False)
         return self.engine.tokenize_prompt(prompt)
 
 
 def cache_stats(llm: Llama) -> dict[str, Any]:
-    """The cache of a Llama: {"tca", "n_ctx", "tokens", "kept_tokens_mean", "kv_bytes", "kv_bytes_dense"}.
+    """The cache of a tca_gguf.Llama: {"tca", "n_ctx", "tokens", "kept_tokens_mean", "kv_bytes", "kv_bytes_dense", "checkpoints"}.
 
     kept_tokens_mean: slots in use, mean over the heads of the ragged store; kv_bytes: of all layers, see `kv`.
+    checkpoints: {"count", "bytes", "limit_bytes", "made", "restored"}, or None where the cache takes back any number of tokens.
     """
     ctx = context_address(llm)
     size, tokens = kv.of_context(ctx), int(llm.n_tokens)
     kept = round(kv.mean_kept(ctx), 1) if size.ragged else float(tokens)
-    return {"tca": size.ragged, "n_ctx": int(llm.n_ctx()), "tokens": tokens, "kept_tokens_mean": kept,
-            "kv_bytes": size.allocated, "kv_bytes_dense": size.stock}  # fmt: skip
+    stats = {"tca": size.ragged, "n_ctx": int(llm.n_ctx()), "tokens": tokens, "kept_tokens_mean": kept,
+             "kv_bytes": size.allocated, "kv_bytes_dense": size.stock}  # fmt: skip
+    prefix = llm.prefix
+    states = {"count": len(prefix.checkpoints), "bytes": prefix.checkpoints.n_bytes, "limit_bytes": prefix.checkpoints.limit_bytes,
+              "made": prefix.totals.made, "restored": prefix.totals.restored}  # fmt: skip
+    return stats | {"checkpoints": states if prefix.bounded else None}

@@ -1,7 +1,7 @@
 """llama-cpp-python's layer of the pinned version over our libraries.
 
-    from tca_gguf.llama import Llama        # llama-cpp-python's class, every argument works
-    llama_cpp = load()                      # the module itself
+    from tca_gguf.llama import Llama        # llama-cpp-python's class with checkpoints (llama_class.py); every argument works
+    llama_cpp = load()                      # the module itself, as it is
 
 Our libraries and the Python layer must come from one release: its ctypes definitions mirror the structs of that llama.cpp.
 `load` therefore takes the installed llama-cpp-python if its version is the pinned one, and the copy inside this package
@@ -169,24 +169,10 @@ def load() -> ModuleType:
 
 @functools.cache
 def llama_class() -> type[Llama]:
-    """llama-cpp-python's Llama, with room for every token of the context that llama.cpp made.
+    """tca_gguf.Llama: llama-cpp-python's class with checkpoints and room for every token (llama_class.py)."""
+    from tca_gguf.llama_class import subclass
 
-    llama.cpp rounds n_ctx up to a multiple of 256; the stock class keeps arrays of the n_ctx that was asked for, and a text that
-    passes it ends in a numpy error.
-    """
-    import numpy as np
-
-    class Llama(load().Llama):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            n_ctx = int(self.n_ctx())
-            if len(self.input_ids) < n_ctx:
-                self.input_ids = np.zeros(n_ctx, dtype=self.input_ids.dtype)
-                if self._logits_all:
-                    self.scores = np.zeros((n_ctx, self.scores.shape[1]), dtype=self.scores.dtype)
-
-    Llama.__qualname__, Llama.__module__, Llama.__doc__ = "Llama", __name__, load().Llama.__doc__
-    return Llama
+    return subclass(load().Llama)
 
 
 def __getattr__(name: str) -> Any:

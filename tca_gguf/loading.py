@@ -45,8 +45,9 @@ def open_llama(
     n_gpu_layers: int = 0,
     seed: int | None = None,
     verbose: bool = False,
+    checkpoint_bytes: int | None = None,
 ) -> Llama:
-    """A Llama with a context of ``n_ctx`` tokens (0: as the model was trained). dense: ignore the file's budgets.
+    """A tca_gguf.Llama with a context of ``n_ctx`` tokens (0: as the model was trained). dense: ignore the file's budgets.
 
     The stock cache runs without flash attention on the CPU where its type allows: that is the faster way there.
 
@@ -74,6 +75,7 @@ def open_llama(
             flash_attn=not dense or n_gpu_layers != 0 or kv_type != "f16",
             seed=llama_cpp.LLAMA_DEFAULT_SEED if seed is None else seed,
             verbose=verbose,
+            checkpoint_bytes=checkpoint_bytes,
         )
     except (ValueError, RuntimeError) as error:
         reason = log.reason() or str(error)

@@ -88,7 +88,7 @@ def test_a_second_turn_says_what_one_evaluation_says(llm, model):
     for question in (TEXT + "\nWhere does the tower stand?", "And the barn?"):
         list(chat.ask(question))
     said = chat.messages[-1]["content"]
-    tokens = chat._tokens[: chat.turns[1].prompt_tokens]
+    tokens = chat._written[-1][1][: chat.turns[1].prompt_tokens]
     fresh = open_llama(model, n_ctx=4096, seed=1)
     try:
         turn = Turn()

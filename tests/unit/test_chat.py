@@ -10,6 +10,7 @@ import pytest
 from tca_gguf import chat as chat_module
 from tca_gguf import llama
 from tca_gguf.chat import Chat, Engine, Turn, chat_prompt
+from tca_gguf.checkpoints import Checkpoints, Prefix
 from tca_gguf.cli.chat import stats_text
 from tca_gguf.errors import TcaError
 
@@ -18,18 +19,25 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 
 
 class FakeLlama:
-    """Tokens are the characters' code points; the reply to anything is the script. Only the last `dense` tokens can be removed."""
+    """Tokens are the characters' code points; the reply to anything is the script.
 
-    model_path, n_batch = "fake.gguf", 4
+    Its cache keeps what it holds in `memory`. Tokens are compacted in groups of `group` once `dense` newer ones are there; a tail
+    goes back only while that compacts nothing else (dense large: always). A partial state belongs to the memory as long as the
+    tokens that were compacted when it was made are still the first ones.
+    """
+
+    model_path, n_batch, group, verbose = "fake.gguf", 4, 8, False
+    _seed = 0
 
     def __init__(self, script: str = "hello", n_ctx: int = 400, dense: int = 10_000) -> None:
         self.script, self._n_ctx, self.dense = script, n_ctx, dense
         self.input_ids, self.n_tokens = np.zeros(n_ctx, np.intc), 0
+        self.memory: list[int] = []
         self.evaluated: list[list[int]] = []
-        self.resets = 0
         self.metadata = {"tokenizer.chat_template": TEMPLATE}
         self.model = self.ctx = self
         self._model = SimpleNamespace(token_get_text=lambda token: {1: "<s>"}.get(token, ""))
+        self._requires_eval = True
 
     def n_ctx(self):
         return self._n_ctx
@@ -40,29 +48,71 @@ class FakeLlama:
     def token_eos(self):
         return END
 
+    def set_seed(self, seed: int) -> None:
+        self._seed = seed
+
     def tokenize(self, data: bytes, add_bos: bool, special: bool):
         return ([1] if add_bos else []) + [ord(c) for c in data.decode()]
 
-    def reset(self):
-        self.resets += 1
-        self.n_tokens = 0
+    def compacted(self, n: int) -> int:
+        return max(0, n - self.dense) // self.group * self.group
 
     def seq_rm(self, p0: int) -> bool:
-        return p0 == 0 or self.n_tokens - p0 <= self.dense
+        if p0 and self.compacted(p0) != self.compacted(len(self.memory)):
+            return False
+        del self.memory[p0:]
+        return True
+
+    def partial(self) -> bytes:
+        return np.array(self.memory, np.intc).tobytes()
+
+    def restore(self, state: bytes) -> bool:
+        tokens = np.frombuffer(state, np.intc).tolist()
+        n = self.compacted(len(tokens))
+        if self.compacted(len(self.memory)) < n or self.memory[:n] != tokens[:n]:
+            return False
+        self.memory = tokens
+        return True
 
     def eval(self, tokens):
+        assert len(self.memory) == self.n_tokens, "llama_decode would refuse these positions"
         assert self.n_tokens + len(tokens) <= self._n_ctx
         self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+        self.memory += list(tokens)
         self.n_tokens += len(tokens)
         self.evaluated.append(list(tokens))
+        self._requires_eval = False
 
-    def generate(self, tokens, **_):
-        assert self.input_ids[: self.n_tokens].tolist() == list(tokens), "the prompt must be in the cache by now"
+    def generate(self, tokens, reset, **_):
+        assert tokens == [] and not reset and not self._requires_eval, "the prompt must be in the cache by now"
         for character in self.script:
             yield ord(character)
             self.eval([ord(character)])
         while True:
             yield END
+
+
+def fake_library_of_states() -> dict[str, object]:
+    """What checkpoints.py calls, over FakeLlama."""
+
+    def get(ctx, data, size, _seq, _flags):
+        data[:] = ctx.partial()
+        return size
+
+    def pos_max(memory, _seq):
+        return len(memory.memory) - 1
+
+    return dict(
+        LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY=1,
+        LLAMA_DEFAULT_SEED=2**32 - 1,
+        llama_n_rs_seq=lambda ctx: 0 if ctx.dense > 1000 else 1,
+        llama_get_memory=lambda ctx: ctx,
+        llama_memory_seq_rm=lambda memory, seq, p0, p1: memory.seq_rm(p0),
+        llama_memory_seq_pos_max=pos_max,
+        llama_state_seq_get_size_ext=lambda ctx, seq, flags: len(ctx.partial()),
+        llama_state_seq_get_data_ext=get,
+        llama_state_seq_set_data_ext=lambda ctx, data, size, seq, flags: size if ctx.restore(bytes(data)) else 0,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +135,7 @@ def fake_library(monkeypatch):
         llama_model_get_vocab=lambda model: model,
         llama_vocab_is_eog=lambda vocab, token: token == END,
         llama_token_to_piece=piece,
-        llama_get_memory=lambda ctx: ctx,
-        llama_memory_seq_rm=lambda memory, seq, p0, p1: memory.seq_rm(p0),
+        **fake_library_of_states(),
         llama_chat_format=SimpleNamespace(Jinja2ChatFormatter=Formatter),
     )
     monkeypatch.setattr(llama, "load", lambda: library)
@@ -112,24 +161,27 @@ def test_a_second_turn_evaluates_only_what_is_new():
         {"role": "user", "content": "two"},
         {"role": "assistant", "content": "hello"},
     ]
-    assert llm.resets == 1  # the empty cache at the very start
 
 
-def test_a_cache_that_cannot_forget_starts_over():
-    for dense, reused in ((100, 4), (2, 0)):
+def test_a_cache_that_cannot_forget_starts_over_without_checkpoints():
+    for dense, limit, reused in ((100, 0, 4), (1, 0, 0), (1, 1 << 20, 0)):
         llm = FakeLlama(dense=dense)
+        llm.prefix = Prefix(llm, Checkpoints(limit))
         engine = Engine(llm)
-        assert engine.prefill([5, 6, 7, 8, 9, 9, 9, 9, 9], Turn())
+        assert engine.prefill([5, 6, 7, 8, 9, 9, 9, 9, 9, 9], Turn())
         turn = Turn()
         assert engine.prefill([5, 6, 7, 8, 1, 2], turn)
-        assert (turn.reused_tokens, turn.evaluated_tokens) == (reused, 6 - reused)
-        assert llm.input_ids[: llm.n_tokens].tolist() == [5, 6, 7, 8, 1, 2]
+        assert (turn.reused_tokens, turn.evaluated_tokens) == (reused, 6 - reused), (dense, limit)
+        assert llm.input_ids[: llm.n_tokens].tolist() == [5, 6, 7, 8, 1, 2] == llm.memory
 
 
 def test_the_same_prompt_again_evaluates_one_token():
-    engine = Engine(FakeLlama())
+    llm = FakeLlama()
+    engine = Engine(llm)
     assert engine.prefill([5, 6, 7], Turn())
-    turn = Turn()
+    turn = Turn()  # nothing came after it: its logits are still at hand
+    assert engine.prefill([5, 6, 7], turn) and (turn.reused_tokens, turn.evaluated_tokens) == (3, 0)
+    llm.eval([8])
     assert engine.prefill([5, 6, 7], turn) and (turn.reused_tokens, turn.evaluated_tokens) == (2, 1)
 
 
@@ -256,5 +308,60 @@ def test_stats_text():
     text = stats_text(stats)
     assert "1800 tokens a head on average (45%)" in text and "80.0 MB allocated, dense would be 200 MB (40%)" in text
     assert "5 new tokens at 50/s, 4 reused" in text
+    assert "from a checkpoint" not in text and "checkpoints" not in text
     assert "dense" in stats_text(stats | {"tca": False, "last": None})
+    kept = {"count": 3, "bytes": 36e6, "limit_bytes": 512 << 20, "made": 9, "restored": 2}
+    text = stats_text(stats | {"checkpoints": kept, "last": last | {"source": "checkpoint"}})
+    assert "3 checkpoints, 36.0 MB of 537 MB" in text and "4 reused from a checkpoint" in text
     assert chat_module.Sampling().temperature == 0.8
+
+
+# ---- going back in a conversation ------------------------------------------------------------------------------------
+
+
+def talk(dense: int = 20, **options) -> tuple[FakeLlama, Chat]:
+    llm = FakeLlama(n_ctx=4000, dense=dense, **options)
+    return llm, Chat(Engine(llm), system="a long document " * 20)
+
+
+def test_retry_evaluates_one_token():
+    llm, chat = talk(script="an answer that is longer than what the cache takes back")
+    ask(chat, "one")
+    messages, prompt = list(chat.messages), chat.turns[0].prompt_tokens
+    assert not llm.seq_rm(prompt - 1), "something must have been compacted for this test to mean anything"
+    seed = llm._seed
+    assert "".join(chat.retry()) == llm.script
+    turn = chat.turns[-1]
+    assert (turn.evaluated_tokens, turn.reused_tokens, turn.source) == (1, prompt - 1, "checkpoint")
+    assert chat.messages == messages and llm._seed != seed
+
+
+def test_edit_and_undo_go_back_to_the_nearest_checkpoint():
+    llm, chat = talk(script="an answer that is longer than what the cache takes back")
+    for question in ("one", "two", "three"):
+        ask(chat, question)
+    assert chat.undo(2) == ["two", "three"] and chat.asked == ["one"]
+    ask(chat, "another")
+    turn = chat.turns[-1]
+    assert turn.source == "checkpoint" and turn.evaluated_tokens <= len("<user>another<assistant>") + 1
+    held = chat.engine.tokenize_prompt(chat_prompt(llm, chat.messages[:-1]))
+    assert llm.memory[: len(held)] == held
+    "".join(chat.edit("something else"))
+    assert chat.asked == ["one", "something else"] and chat.turns[-1].source == "checkpoint"
+    assert chat.undo(9) == ["one", "something else"] and chat.undo() == []
+    assert chat.messages == [{"role": "system", "content": chat.system}]
+
+
+def test_an_edit_that_is_stopped_or_fails_changes_nothing():
+    llm, chat = talk()
+    ask(chat, "one")
+    before = list(chat.messages)
+    assert "".join(chat.edit("two", lambda: True)) == "" and chat.messages == before
+    with pytest.raises(TcaError, match="start over with /reset"):
+        "".join(chat.edit("x" * 5000))
+    assert chat.messages == before and chat.asked == ["one"]
+    said = chat._written[-1][1]
+    ask(chat, "two")
+    assert llm.memory[: len(said)] == said, "what was said is still known token by token"
+    with pytest.raises(TcaError, match="nothing was asked yet"):
+        "".join(Chat(Engine(FakeLlama())).retry())

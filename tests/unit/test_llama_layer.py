@@ -78,7 +78,7 @@ def test_own_layer_where_none_is_installed(package: Path, monkeypatch: pytest.Mo
     assert os.environ["LLAMA_CPP_LIB_PATH"] == "/somewhere/else" and "MTMD_CPP_LIB" not in os.environ
     import llama_cpp
 
-    assert llama_cpp is module and issubclass(llama.Llama, module.Llama) and llama.llama_cpp is module
+    assert llama_cpp is module and issubclass(llama.Llama, module.Llama) and llama.Llama is llama.Llama and llama.llama_cpp is module
 
 
 def test_installed_layer_of_the_pinned_version(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
