@@ -23,14 +23,14 @@ static void attend(ggml_backend_cuda_context & ctx, ggml_tensor * dst, bool part
     a.scale     = n.scale;
     a.softcap   = n.softcap;
     a.n_chunks  = n.n_chunks;
-    a.limits    = partial ? tca_cuda_decode_limits(ctx.device, dst) : tca_decode_limits { 0, 0 };
+    a.limits    = partial ? tca_cuda_decode_limits(ctx.device, dst) : tca_decode_limits { 0, 0, 0 };
 
     const int head_dim = n.k->ne[0];
     if (a.limits.at_once > 0) {
-        if (tca_decode_is_quantized(n.k->type, n.v->type)) {
-            tca_cuda_decode_quantized(store, a, head_dim, ctx.stream());
-        } else {
-            tca_cuda_decode(store, a, head_dim, ctx.stream());
+        switch (tca_decode_kind_of(n.k->type, n.v->type)) {
+            case TCA_DECODE_QUANTIZED: tca_cuda_decode_quantized(store, a, head_dim, ctx.stream()); break;
+            case TCA_DECODE_HALF:      tca_cuda_decode_half     (store, a, head_dim, ctx.stream()); break;
+            default:                   tca_cuda_decode          (store, a, head_dim, ctx.stream()); break;
         }
         return;
     }

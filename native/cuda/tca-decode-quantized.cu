@@ -482,7 +482,7 @@ template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
     with_type(store.type_k, [&](auto type_k) {
         with_type(store.type_v, [&](auto type_v) {
-            tca_decode_launch(decode_kernel<D, ROWS, decltype(type_k)::value, decltype(type_v)::value>, ring_bytes<D>, store, q, stream);
+            tca_decode_launch<WARPS>(decode_kernel<D, ROWS, decltype(type_k)::value, decltype(type_v)::value>, ring_bytes<D>, store, q, stream);
         });
     });
 }

@@ -1,4 +1,5 @@
-// Decode: a few query rows over long regions. A thread block takes one chunk of one region and reads its K and V rows once for
+// Decode: a few query rows over long regions, for stores that neither of the other two kernels takes: f32, and K and V of different
+// kinds. A thread block takes one chunk of one region and reads its K and V rows once for
 // all rows of the group; then one pass combines the chunks. Bound by the memory's speed: the bytes of K and V go through shared
 // memory in a ring of tiles that is always ahead of the arithmetic, whatever the type.
 #include "tca-decode.cuh"
@@ -206,7 +207,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
     const int smem = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK_MAX*ROWS*(int) sizeof(float);
-    tca_decode_launch(decode_kernel<D, ROWS>, smem, store, q, stream);
+    tca_decode_launch<WARPS>(decode_kernel<D, ROWS>, smem, store, q, stream);
 }
 
 template <int D>
@@ -239,7 +240,7 @@ void tca_cuda_decode(const tca_store & store, const tca_queries & q, int head_di
 static __global__ void __launch_bounds__(512) combine_kernel(const float * partial, size_t nb_head, size_t nb_token, float * dst,
         size_t dst_head, size_t dst_token, const int32_t * desc, int n_head_kv, int n_seqs, int gqa, int dim,
         tca_decode_limits limits, int n_chunks_max) {
-    constexpr int N_WARPS = 16;
+    constexpr int N_WARPS = 16, BATCH = 4;
     ggml_cuda_pdl_lc();
     __shared__ float warp_m[N_WARPS], warp_l[N_WARPS], warp_o[N_WARPS][256];
 
@@ -260,21 +261,29 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
     partial += head*nb_head + token*nb_token;
 
     float m = TCA_NO_MAX, l = 0.0f, o[8] = { 0.0f };
-#pragma unroll 4
-    for (int c = warp; c < n_chunks; c += N_WARPS) {
-        const float * p = partial + (size_t) c*(dim + 2);
-        const float p_m = p[dim], p_l = p[dim + 1];
-        float p_o[8];
+    for (int c0 = warp; c0 < n_chunks; c0 += BATCH*N_WARPS) {
+        float p_m[BATCH], p_l[BATCH], p_o[BATCH][8];  // all on their way before the first is used
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            p_o[i] = lane + 32*i < dim ? p[lane + 32*i] : 0.0f;
+        for (int b = 0; b < BATCH; ++b) {
+            const float * p = partial + (size_t) min(c0 + b*N_WARPS, n_chunks - 1)*(dim + 2);
+            p_m[b] = p[dim];
+            p_l[b] = p[dim + 1];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                p_o[b][i] = lane + 32*i < dim ? p[lane + 32*i] : 0.0f;
+            }
         }
-        const float m_new = fmaxf(m, p_m), old = __expf(m - m_new), weight = __expf(p_m - m_new);  // 0: the query sees no slot of it
-        m = m_new;
-        l = fmaf(l, old, weight*p_l);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            o[i] = fmaf(o[i], old, weight*p_o[i]);
+        for (int b = 0; b < BATCH; ++b) {
+            if (c0 + b*N_WARPS < n_chunks) {
+                const float m_new = fmaxf(m, p_m[b]), old = __expf(m - m_new), weight = __expf(p_m[b] - m_new);  // 0: the query sees no slot of it
+                m = m_new;
+                l = fmaf(l, old, weight*p_l[b]);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    o[i] = fmaf(o[i], old, weight*p_o[b][i]);
+                }
+            }
         }
     }
     if (lane == 0) {
@@ -307,12 +316,15 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
 tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial) {
     const tca_attn_node a = tca_attn_node::of(partial);
     const int rows = a.gqa*((a.q->ne[2] + a.desc->ne[2] - 1)/a.desc->ne[2]);
-    if (rows > 8) {
-        return { 0, 0 };
+    const int nsm  = ggml_cuda_info().devices[device].nsm;
+    if (rows > TCA_DECODE_ROWS) {
+        return { 0, 0, 0 };
     }
-    const bool quantized = tca_decode_is_quantized(a.k->type, a.v->type);
-    const int  per_sm    = quantized ? tca_decode_per_sm_quantized(a.q->ne[0]) : tca_decode_per_sm(a.q->ne[0], rows);
-    return { per_sm*ggml_cuda_info().devices[device].nsm, quantized ? DECODE_CHUNK_MAX_QUANTIZED : DECODE_CHUNK_MAX };
+    switch (tca_decode_kind_of(a.k->type, a.v->type)) {
+        case TCA_DECODE_QUANTIZED: return { tca_decode_per_sm_quantized(a.q->ne[0])*nsm, DECODE_CHUNK_MIN, DECODE_CHUNK_MAX_QUANTIZED };
+        case TCA_DECODE_HALF:      return { tca_decode_per_sm_half(a.q->ne[0])*nsm, DECODE_CHUNK_MIN_HALF, DECODE_CHUNK_MAX_HALF };
+        default:                   return { tca_decode_per_sm(a.q->ne[0], rows)*nsm, DECODE_CHUNK_MIN, DECODE_CHUNK_MAX };
+    }
 }
 
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

@@ -1,4 +1,4 @@
-// What the two decode kernels share: which slots a thread block takes, the ring of tiles that brings them, softmax, and how the
+// What the three decode kernels share: which slots a thread block takes, the ring of tiles that brings them, softmax, and how the
 // warps put their results together.
 //
 // Regions are cut in chunks of equal length, a thread block each, numbered without gaps over all regions: thread blocks that find
@@ -12,11 +12,14 @@
 #include "tca-kernels.cuh"
 
 constexpr int DECODE_WARPS  = 8;
+constexpr int DECODE_WARPS_HALF = 4;  // of f16 and bf16: more and smaller thread blocks with as many bytes on their way
 constexpr int DECODE_STAGES = 3;
 constexpr int DECODE_STAGE  = 128*136 + 16;  // 128 rows of q8_0 x 128, and room to align the start down to 16 bytes
 constexpr int DECODE_CHUNK_MIN = 128;   // shortest chunk; below it what a thread block takes to start counts more than its work
+constexpr int DECODE_CHUNK_MIN_HALF = 64;
 constexpr int DECODE_CHUNK_MAX = 1344;  // longest: three thread blocks of scores for 4 rows fit a multiprocessor (228 KB)
 constexpr int DECODE_CHUNK_MAX_QUANTIZED = 4096;  // these hold no scores
+constexpr int DECODE_CHUNK_MAX_HALF      = 1 << 20;
 
 // Thread blocks a multiprocessor that the kernels are compiled for.
 constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
@@ -24,6 +27,10 @@ constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
 }
 constexpr __host__ __device__ int tca_decode_per_sm_quantized(int head_dim) {
     return head_dim <= 128 ? 2 : 1;  // two have the registers that they need; three of them were 3 to 20% slower on an H100
+}
+
+constexpr __host__ __device__ int tca_decode_per_sm_half(int head_dim) {
+    return head_dim <= 80 ? 3 : head_dim <= 128 ? 2 : 1;  // as many rings as the shared memory holds
 }
 
 static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units, int u) {
@@ -47,7 +54,8 @@ struct tca_decode_rounds {
         }
     }
     __host__ __device__ int fit(int64_t total, int n_units, int at_once) const {
-        return (int) (total/(rounds*at_once - n_units) + 16)/16*16;
+        const int n = rounds*at_once - n_units;
+        return (int) ((total + n - 1)/n + 15)/16*16;
     }
 };
 
@@ -69,7 +77,7 @@ static __device__ __forceinline__ int tca_decode_chunk(const int32_t * desc, int
         longest = max(longest, __shfl_xor_sync(0xffffffff, longest, o));
     }
     const int least = ((longest + n_chunks - 1)/n_chunks + 15)/16*16;
-    return max(max(tca_decode_rounds(total, n_units, limits).chunk, least), DECODE_CHUNK_MIN);
+    return max(max(tca_decode_rounds(total, n_units, limits).chunk, least), limits.chunk_min);
 }
 
 // Slots of a thread block: n_slots of them from slot j0 of the region on; slot0 is their place in the store.
@@ -246,11 +254,11 @@ static __device__ __forceinline__ void tca_decode_write(const tca_queries & a, c
 }
 
 // smem: bytes of shared memory beside the kernel's static ones
-template <typename Kernel>
+template <int warps, typename Kernel>
 static void tca_decode_launch(Kernel kernel, int smem, const tca_store & store, const tca_queries & q, cudaStream_t stream) {
     const int n_units = store.n_head_kv*store.n_seqs;
     const int n_blocks = tca_decode_rounds(store.n_slots, n_units, q.limits).rounds*q.limits.at_once;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
-    ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(std::min(n_blocks, q.n_chunks*n_units)), dim3(32*DECODE_WARPS), smem, stream),
+    ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(std::min(n_blocks, q.n_chunks*n_units)), dim3(32*warps), smem, stream),
         store, q);
 }

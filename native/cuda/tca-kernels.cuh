@@ -44,6 +44,7 @@ static __device__ __forceinline__ const int32_t * tca_region(const tca_store & s
 // How the decode kernels for a node's types, head size and number of rows cut the regions (tca-decode.cuh).
 struct tca_decode_limits {
     int at_once;    // thread blocks that the GPU holds at once; 0: too many rows for these kernels
+    int chunk_min;  // slots of a thread block at least
     int chunk_max;  // slots of a thread block at most
 };
 
@@ -132,10 +133,19 @@ static __device__ __forceinline__ float tca_load8_scaled(const char * row, int i
     }
 }
 
-// Which of the two decode kernels takes such a store. By name: the quantized one knows these two blocks and no other.
-static inline bool tca_decode_is_quantized(ggml_type type_k, ggml_type type_v) {
-    const auto is = [](ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0; };
-    return is(type_k) && is(type_v);
+// Query rows of a KV head that the decode kernels take: of up to 8 (f16 and bf16: 16, with head sizes up to 128) they read K and V
+// once, of more twice.
+constexpr int TCA_DECODE_ROWS = 16;
+
+// Which of the decode kernels takes a store. By name: they know these types and no other.
+enum tca_decode_kind { TCA_DECODE_ANY, TCA_DECODE_HALF, TCA_DECODE_QUANTIZED };
+
+static inline tca_decode_kind tca_decode_kind_of(ggml_type type_k, ggml_type type_v) {
+    const auto is_quantized = [](ggml_type type) { return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0; };
+    if (is_quantized(type_k) && is_quantized(type_v)) {
+        return TCA_DECODE_QUANTIZED;
+    }
+    return type_k == type_v && (type_k == GGML_TYPE_F16 || type_k == GGML_TYPE_BF16) ? TCA_DECODE_HALF : TCA_DECODE_ANY;
 }
 
 // Four bytes u0..u3, as halfs 1024 + u: (u0, u1) and (u2, u3).
@@ -226,10 +236,12 @@ static __device__ __forceinline__ void tca_with_type(int type, F && f) {
 // One file each.
 void tca_cuda_append (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // at most 8 rows a KV head
-void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);  // K and V q8_0 or q4_0
+// TCA_DECODE_ANY, _HALF and _QUANTIZED
+void tca_cuda_decode (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);
+void tca_cuda_decode_half     (const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);
+void tca_cuda_decode_quantized(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream);
 tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial);
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial);
-// head sizes 64 and 128 on compute capability 9.0; false: not this device or not this build
+// head sizes 64, 128 and 256 on compute capability 9.0; false: not this device or not this build
 bool tca_cuda_prefill_hopper(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim);

@@ -1,15 +1,20 @@
 // Work of a prefill launch. Row tiles of query rows times the key blocks that they see are laid end to end and cut into equal
 // runs, one a thread block ("stream-K"): however long a head's region is, no thread block works longer than another.
 //
-// The order is (region, chunk of key blocks, row tile, key block), with chunks about as long as a run. Thread blocks that run at
-// the same time thus walk through the same keys in step, and read them from the L2 cache: with whole tiles end to end they drift
-// apart, and on an H100 the memory then limits the kernel (2.9 TB/s for 1.0 ms of work on 0.2 GB of keys and values).
+// The order is (region, chunk of key blocks, row tile, key block). Thread blocks of one region are in step, at the same key block
+// of a chunk, where a run is a whole number of chunks: they start equally far into a chunk, and read K and V from the L2 cache
+// that one of them has brought there. Where they are not, an H200 read 33 GB for 0.54 GB of keys and values, and that power
+// lowered its clock. So a region's chunks are an integer part of a run each, but for the last one: which part, is chosen to leave
+// the last one short (chunk_of).
 //
-// An item is a row tile over one chunk. An item that is not a whole tile, or that a cut goes through, leaves partial results,
-// which tca_schedule_finish() puts together.
+// An item is a row tile over one chunk. It starts with TCA_ITEM_COST key blocks' time in which nothing is multiplied: positions
+// count them, or a thread block with many short items would end last. An item that is not a whole tile, or that a cut goes
+// through, leaves partial results, which tca_schedule_finish() puts together.
 #pragma once
 
 #include "tca-kernels.cuh"
+
+constexpr int TCA_ITEM_COST = 2;
 
 struct tca_schedule_unit {  // a (sequence, KV head)
     int item0;              // its first item
@@ -25,8 +30,9 @@ struct tca_schedule {
     int     n_runs_max;         // thread blocks
     int     tile_rows;
     int     tile_keys;
-    tca_schedule_unit * units;  // [n_units + 1]
-    int   * prefix;             // [items + 1] key blocks of all items before
+    int     n_items_max;        // what there is room for
+    tca_schedule_unit * units;  // [n_units + 1]; the last: item0 the number of items, chunk the length of a run
+    int   * prefix;             // [items + 1] position of an item
     int   * first_item;         // [n_runs_max] item in which a run starts
     float * partial;            // [items + runs, tile_rows, head_dim + 2] unnormalised output, maximum (log2 units), sum
 };
@@ -47,18 +53,22 @@ static __device__ __forceinline__ int tca_total(const tca_schedule & w) {
     return w.prefix[w.units[w.n_units].item0];
 }
 
+static __device__ __forceinline__ int tca_run_length(const tca_schedule & w) {
+    return w.units[w.n_units].chunk;
+}
+
 // Runs that are not empty.
 static __device__ __forceinline__ int tca_runs(const tca_schedule & w, int total) {
-    return min(w.n_runs_max, total);
+    return (total + tca_run_length(w) - 1)/tca_run_length(w);
 }
 
 static __device__ __forceinline__ int tca_run_start(const tca_schedule & w, int run, int total) {
-    return (int64_t) run*total/tca_runs(w, total);
+    return min(run*tca_run_length(w), total);
 }
 
-// Run that holds key block i.
-static __device__ __forceinline__ int tca_run_of(const tca_schedule & w, int i, int total) {
-    return (((int64_t) i + 1)*tca_runs(w, total) - 1)/total;
+// Run that holds a position.
+static __device__ __forceinline__ int tca_run_of(const tca_schedule & w, int at) {
+    return at/tca_run_length(w);
 }
 
 // Key blocks of row tile `tile` of a unit.
@@ -101,18 +111,22 @@ static __device__ __forceinline__ void tca_for_each_work(const tca_store & s, in
         }
         const tca_schedule_unit unit = w.units[u];
         const int chunk = (item - unit.item0)/unit.n_tiles, tile = (item - unit.item0) % unit.n_tiles;
-        const int stop  = min(end, last);
+        const int stop  = min(end, last), block0 = first + TCA_ITEM_COST;  // position of its first key block
+        const int from  = max(at - block0, 0), to = stop - block0;
+        at = stop;
+        if (to <= from) {
+            continue;
+        }
 
         tca_work x;
         x.d      = s.desc + (size_t) u*TCA_DESC_SIZE;
         x.head   = u % s.n_head_kv;
         x.row0   = tile*w.tile_rows;
         x.n_rows = min(w.tile_rows, x.d[TCA_DESC_COUNT]*gqa - x.row0);
-        x.key0   = (chunk*unit.chunk + at - first)*w.tile_keys;
-        x.key1   = min((chunk*unit.chunk + stop - first)*w.tile_keys, x.d[TCA_DESC_PAST] + (x.row0 + x.n_rows - 1)/gqa + 1);
-        const bool whole = at == first && stop == last && last - first == tca_tile_blocks(w, x.d, gqa, tile);
+        x.key0   = (chunk*unit.chunk + from)*w.tile_keys;
+        x.key1   = min((chunk*unit.chunk + to)*w.tile_keys, x.d[TCA_DESC_PAST] + (x.row0 + x.n_rows - 1)/gqa + 1);
+        const bool whole = from == 0 && stop == last && to == tca_tile_blocks(w, x.d, gqa, tile);
         x.partial = whole ? nullptr : tca_partial(w, item, run, head_dim);
         visit(x);
-        at = stop;
     }
 }

@@ -117,7 +117,7 @@ inline bool tca_attn_splits(int64_t n_tokens, int64_t n_head, int64_t n_head_kv)
 // which wants work for all its parts at short lengths, too.
 inline int tca_attn_n_chunks(int64_t n_slots) {
     const int64_t n = (n_slots + TCA_ATTN_CHUNK - 1)/TCA_ATTN_CHUNK, n_short = (n_slots + TCA_ATTN_CHUNK/4 - 1)/(TCA_ATTN_CHUNK/4);
-    return (int) (n > 64 ? n : n_short < 64 ? n_short : 64);
+    return (int) (n > 128 ? n : n_short < 128 ? n_short : 128);
 }
 
 constexpr uint32_t TCA_MAGIC = 0x32414354;  // "TCA2"; another one for each change of what a node means

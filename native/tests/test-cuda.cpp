@@ -460,17 +460,16 @@ static double time_ms(ggml_cgraph * gf, int n_nodes) {
 
 static std::string bench_filter;  // second argument: "decode q8_0 51200" runs that one alone
 
-// One layer of an 8B shape; 8 regions of uneven lengths with the given mean.
-static void bench_case(const char * what, ggml_type type, int n_tokens, int mean, bool even, double copy) {
-    if (text_of("%s %s %d", what, ggml_type_name(type), mean).find(bench_filter) == std::string::npos) {
+// Bytes of K and V that the nodes of one graph read in all, at least: far more than any L2 cache, as the layers of a model do.
+constexpr size_t BENCH_BYTES = (size_t) 640 << 20;
+
+// One layer of an 8B shape; 8 regions with the given mean length, even or from a tenth of it to nearly twice it. Every node of the
+// graph has K and V of its own. stock: FLASH_ATTN_EXT over even regions.
+static void bench_case(const char * what, ggml_type type, int n_tokens, int mean, bool even, bool stock) {
+    if (text_of("%s %s %d%s", what, ggml_type_name(type), mean, stock ? " stock" : "").find(bench_filter) == std::string::npos) {
         return;
     }
-    const int hkv = 8, gqa = 4, dim = 128, repeat = n_tokens == 1 ? 20 : 2;
-    op_case c;
-    c.type_k = c.type_v = type;
-    c.n_head_kv = hkv;
-    c.gqa = gqa;
-    c.n_tokens = n_tokens;
+    const int hkv = 8, gqa = 4, dim = 128;
     int64_t slots = 0;
     std::vector<int32_t> desc;
     int longest = 0;
@@ -485,37 +484,53 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
         slots += n;
         longest = std::max(longest, n);
     }
-    const ggml_context_ptr ctx { ggml_init({ 256*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true }) };
+    const size_t bytes  = 2*slots*ggml_row_size(type, dim);
+    const int    n_sets = n_tokens > 1 ? 2 : std::clamp<int>((BENCH_BYTES + bytes - 1)/bytes, 2, 400), repeat = std::max(n_sets, n_tokens > 1 ? 2 : 20);
+    const ggml_context_ptr ctx { ggml_init({ (size_t) (16*repeat + 64)*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true }) };
     ggml_context * x = ctx.get();
-    ggml_tensor * k = ggml_new_tensor_2d(x, type, dim, slots), * v = ggml_new_tensor_2d(x, type, dim, slots);
     ggml_tensor * d = ggml_new_tensor_4d(x, GGML_TYPE_I32, TCA_DESC_SIZE, hkv, 1, 1);
     ggml_tensor * q = ggml_new_tensor_3d(x, GGML_TYPE_F32, dim, hkv*gqa, n_tokens);
+    ggml_tensor * m = ggml_new_tensor_2d(x, GGML_TYPE_F16, mean, n_tokens);
+    std::vector<ggml_tensor *> rows;
+    for (int i = 0; i < 2*n_sets; ++i) {
+        rows.push_back(stock ? ggml_new_tensor_3d(x, type, dim, mean, hkv) : ggml_new_tensor_2d(x, type, dim, slots));
+    }
     ggml_cgraph * gf = ggml_new_graph(x);
     for (int i = 0; i < repeat; ++i) {
-        ggml_build_forward_expand(gf, tca_attn_splits(n_tokens, gqa, 1) ?
-            tca_build_attn_split(x, q, k, v, d, 0, 0.088f, 0.0f, tca_attn_n_chunks(longest), nullptr) :
-            tca_build_attn(x, q, k, v, d, 0, 0.088f, 0.0f, nullptr));
+        ggml_tensor * k = rows[i % n_sets*2], * v = rows[i % n_sets*2 + 1];
+        if (stock) {
+            ggml_tensor * o = ggml_flash_attn_ext(x, ggml_permute(x, q, 0, 2, 1, 3), k, v, m, 0.088f, 0.0f, 0.0f);
+            ggml_prec_set_acc(o, GGML_PREC_F32);
+            ggml_build_forward_expand(gf, o);
+        } else {
+            ggml_build_forward_expand(gf, tca_attn_splits(n_tokens, gqa, 1) ?
+                tca_build_attn_split(x, q, k, v, d, 0, 0.088f, 0.0f, tca_attn_n_chunks(longest), nullptr) :
+                tca_build_attn(x, q, k, v, d, 0, 0.088f, 0.0f, nullptr));
+        }
     }
     const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(x, gpu_backend()) };
     std::vector<float> r((size_t) 1 << 20);
     random_t rng(5);
     for (float & f : r) { f = rng.normal(); }
-    const std::vector<uint8_t> rows = to_type(type, r, dim);
-    for (ggml_tensor * t : { k, v }) {
-        for (size_t at = 0; at < ggml_nbytes(t); at += rows.size()) {
-            ggml_backend_tensor_set(t, rows.data(), at, std::min(rows.size(), ggml_nbytes(t) - at));
+    const std::vector<uint8_t> random_rows = to_type(type, r, dim);
+    for (ggml_tensor * t : rows) {
+        for (size_t at = 0; at < ggml_nbytes(t); at += random_rows.size()) {
+            ggml_backend_tensor_set(t, random_rows.data(), at, std::min(random_rows.size(), ggml_nbytes(t) - at));
         }
     }
     for (size_t at = 0; at < ggml_nbytes(q); at += r.size()*4) {
         ggml_backend_tensor_set(q, r.data(), at, std::min(r.size()*4, ggml_nbytes(q) - at));
     }
+    const std::vector<uint8_t> zeros(ggml_nbytes(m));
+    ggml_backend_tensor_set(m, zeros.data(), 0, zeros.size());
     ggml_backend_tensor_set(d, desc.data(), 0, ggml_nbytes(d));
     const double ms = time_ms(gf, repeat);
-    const double gb = (ggml_nbytes(k) + ggml_nbytes(v))/1e9, tflop = 4.0*dim*hkv*gqa*n_tokens*(mean - 0.5*n_tokens)/1e12;
+    const double tflop = 4.0*dim*hkv*gqa*n_tokens*(mean - (stock ? 0.0 : 0.5*n_tokens))/1e12;  // stock computes what its mask hides, too
+    const char * who = stock ? "stock" : even ? "even" : "uneven";
     if (n_tokens == 1) {
-        printf("%-10s %-5s %-7s mean %6d: %8.4f ms  %5.2f TB/s  %4.0f%% of copy\n", what, ggml_type_name(type), even ? "even" : "uneven", mean, ms, gb/ms, 100*gb/ms/copy);
+        printf("%-10s %-5s %-7s mean %6d: %8.4f ms  %5.2f TB/s\n", what, ggml_type_name(type), who, mean, ms, bytes/1e9/ms);
     } else {
-        printf("%-10s %-5s %-7s mean %6d tokens %4d: %8.4f ms  %5.0f TFLOP/s\n", what, ggml_type_name(type), even ? "even" : "uneven", mean, n_tokens, ms, tflop/ms*1e3);
+        printf("%-10s %-5s %-7s mean %6d tokens %4d: %8.4f ms  %5.0f TFLOP/s\n", what, ggml_type_name(type), who, mean, n_tokens, ms, tflop/ms*1e3);
     }
     fflush(stdout);
 }
@@ -560,26 +575,36 @@ static int bench() {
         printf("skip   bench: no GPU\n");
         return 0;
     }
-    const ggml_context_ptr ctx { ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }) };
-    ggml_tensor * a = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 512 << 20), * b = ggml_dup_tensor(ctx.get(), a);
-    ggml_cgraph * gf = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(gf, ggml_cpy(ctx.get(), a, b));
-    double copy;
-    {
+    if (bench_filter.empty()) {
+        // not in a graph: CUDA graphs copy at two thirds of the speed
+        const ggml_context_ptr ctx { ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }) };
+        ggml_tensor * a = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 512 << 20), * b = ggml_dup_tensor(ctx.get(), a);
         const ggml_backend_buffer_ptr buffer { ggml_backend_alloc_ctx_tensors(ctx.get(), gpu_backend()) };
-        copy = 2*ggml_nbytes(a)/1e9/time_ms(gf, 1);
+        ggml_backend_buffer_clear(buffer.get(), 1);
+        double best = INFINITY;
+        for (int i = 0; i < 10; ++i) {
+            const auto start = std::chrono::steady_clock::now();
+            ggml_backend_tensor_copy(a, b);
+            best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        }
+        printf("copy: %.2f TB/s, bytes read and written\n", 2*ggml_nbytes(a)/1e12/best);
     }
-    printf("copy: %.2f TB/s, bytes read and written\n", copy);
     for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        for (int mean : { 4096, 16384, 51200, 131072 }) {
-            bench_case("decode", type, 1, mean, mean == 131072, copy);
+        for (int mean : { 256, 1024, 4096, 16384, 51200, 131072 }) {
+            for (int who : { 0, 1, 2 }) {
+                bench_case("decode", type, 1, mean, who > 0, who > 1);
+            }
         }
     }
-    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-        for (int mean : { 2048, 8192, 51200 }) {
-            bench_case("prefill", type, 512, mean, false, copy);
+    for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        for (int who : { 0, 1, 2 }) {
+            for (int mean : { 2048, 8192, 51200 }) {
+                bench_case("prefill", type, 512, mean, who > 0, who > 1);
+            }
+            for (int mean : { 32768, 131072 }) {
+                bench_case("prefill", type, 2048, mean, who > 0, who > 1);
+            }
         }
-        bench_case("prefill", type, 2048, 131072, true, copy);
         bench_compact(type);
     }
     return 0;
