@@ -11,12 +11,11 @@
 
 constexpr int WARPS = DECODE_WARPS_HALF;
 constexpr int TILE  = 16;  // slots
-constexpr int STEPS = 3;   // of a warp's ring: each a tile of K and one of V
 
-// Rows of a tile start 4 banks apart.
-template <int D> constexpr int pitch      = 2*D + 16;
+template <int D> constexpr int pitch      = 2*D + 16;  // rows of a tile start 4 banks apart
 template <int D> constexpr int tile_bytes = TILE*pitch<D>;
-template <int D> constexpr int ring_bytes = WARPS*STEPS*2*tile_bytes<D>;
+template <int D> constexpr int step_bytes = tca_decode_step_half(D);
+template <int D> constexpr int STEPS      = tca_decode_steps(step_bytes<D>, DECODE_ARCH);
 
 // Probabilities are kept 2^LIFT above their value relative to the running maximum, which follows a new one once that is 2^SLACK
 // above it: the small ones keep their bits in f16.
@@ -69,7 +68,7 @@ static __device__ __forceinline__ void ldmatrix_transposed(uint32_t * r, uint32_
 // Tiles of one warp; all functions are called by the whole warp.
 template <int D>
 struct warp_ring {
-    static constexpr int UNITS = D/8, ROW = 2*D;
+    static constexpr int UNITS = D/8, ROW = 2*D, STEPS = ::STEPS<D>;
 
     const char * k, * v;    // of the chunk's first slot
     int      n_slots, warp, lane;
@@ -178,7 +177,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_half(D)) de
     constexpr int  N      = PACKED ? 1 : ROWS/8;  // products of 8 columns for the first values; as many for the second ones
     constexpr int  STRIDE = D + 4;                // of the warps' outputs
     static_assert(D % 16 == 0 && (ROWS == 4 || ROWS == 8 || ROWS == 16), "shape");
-    static_assert(WARPS*8*N*STRIDE*(int) sizeof(float) <= ring_bytes<D>, "shared memory");
+    static_assert(WARPS*8*N*STRIDE*(int) sizeof(float) <= step_bytes<D>, "shared memory");
     ggml_cuda_pdl_lc();
     extern __shared__ __align__(16) char smem[];
     __shared__ columns queries;
@@ -207,7 +206,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_half(D)) de
     for (int r0 = 0; r0 < count*a.gqa; r0 += ROWS) {
         const int n_rows = min(ROWS, count*a.gqa - r0);
 #pragma unroll
-        for (int i = 0; i < STEPS - 1; ++i) {
+        for (int i = 0; i < STEPS<D> - 1; ++i) {
             ring.send(i);
         }
         for (int r = warp; r < ROWS; r += WARPS) {
@@ -245,7 +244,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_half(D)) de
         }
 
         for (int i = 0; i < n_tiles; ++i) {
-            ring.send(i + STEPS - 1);
+            ring.send(i + STEPS<D> - 1);
             ring.wait();
             const int j = ring.slot(i);
 
@@ -394,7 +393,8 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_half(D)) de
                     x += sums[(w*8*N + r + 4)*STRIDE + e];
                 }
             }
-            float * out = a.dst + (size_t) range.chunk*(D + 2) + (head*a.gqa + (r0 + r) % a.gqa)*a.dst_head + (token0 + (r0 + r)/a.gqa)*a.dst_token;
+            const int row = r0 + r;
+            float * out = a.dst + (size_t) range.chunk*(D + 2) + (head*a.gqa + row % a.gqa)*a.dst_head + (token0 + row/a.gqa)*a.dst_token;
             out[e] = x;
             if (e == 0) {
                 float largest = TCA_NO_MAX, sum = 0.0f;
@@ -416,10 +416,11 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_half(D)) de
 
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
+    const int smem = step_bytes<D>*tca_decode_steps(step_bytes<D>, tca_decode_arch(ggml_cuda_get_device()));
     if (store.type_k == GGML_TYPE_F16) {
-        tca_decode_launch<WARPS>(decode_kernel<D, ROWS, GGML_TYPE_F16>, ring_bytes<D>, store, q, stream);
+        tca_decode_launch<WARPS>(decode_kernel<D, ROWS, GGML_TYPE_F16>, smem, store, q, stream);
     } else {
-        tca_decode_launch<WARPS>(decode_kernel<D, ROWS, GGML_TYPE_BF16>, ring_bytes<D>, store, q, stream);
+        tca_decode_launch<WARPS>(decode_kernel<D, ROWS, GGML_TYPE_BF16>, smem, store, q, stream);
     }
 }
 

@@ -18,9 +18,9 @@ template <ggml_type type>        constexpr int block_bytes = type == GGML_TYPE_Q
 template <ggml_type type, int D> constexpr int row_bytes   = D/32*block_bytes<type>;
 
 // A warp's ring: steps, each with a tile of V and the next of K, q8_0 at most, and room to align the starts down to 16 bytes.
-constexpr int STEPS = 3;
 template <int D> constexpr int tile_bytes = TILE*row_bytes<GGML_TYPE_Q8_0, D> + 16;
-template <int D> constexpr int ring_bytes = WARPS*STEPS*2*tile_bytes<D>;
+template <int D> constexpr int step_bytes = tca_decode_step_quantized(D);
+template <int D> constexpr int STEPS      = tca_decode_steps(step_bytes<D>, DECODE_ARCH);
 
 // Probabilities are kept 2^LIFT above their value relative to the running maximum, which follows a new one once that is 2^SLACK
 // above it: f16 then holds probability times scale of V down to 2^-30 of the largest probability's, and up to a scale of 128.
@@ -120,6 +120,8 @@ static void with_type(int type, F && f) {
 // Tiles of one warp. Step i brings tile i of K and tile i - 1 of V; all functions are called by the whole warp.
 template <int D>
 struct warp_ring {
+    static constexpr int STEPS = ::STEPS<D>;
+
     const char * k, * v;          // of the chunk's first slot
     int      n_slots, warp;
     uint32_t tiles;               // address in shared memory
@@ -258,7 +260,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_quantized(D
     for (int r0 = 0; r0 < count*a.gqa; r0 += ROWS) {
         const int n_rows = min(ROWS, count*a.gqa - r0);
 #pragma unroll
-        for (int step = 0; step < STEPS - 1; ++step) {
+        for (int step = 0; step < STEPS<D> - 1; ++step) {
             ring.template send<ROW_K, ROW_V>(step);
         }
         if (warp < ROWS) {
@@ -405,20 +407,20 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_quantized(D
         };
 
         if (n_tiles > 0) {
-            ring.template send<ROW_K, ROW_V>(STEPS - 1);
+            ring.template send<ROW_K, ROW_V>(STEPS<D> - 1);
             ring.wait();
             product_k(0);
             softmax();
             for (int i = 1; i < n_tiles; ++i) {
                 __syncwarp();
-                ring.template send<ROW_K, ROW_V>(i + STEPS - 1);
+                ring.template send<ROW_K, ROW_V>(i + STEPS<D> - 1);
                 ring.wait();
                 product_k(i);  // beside the product of V, which does not depend on it
                 product_v(i);
                 softmax();
             }
             __syncwarp();
-            ring.template send<ROW_K, ROW_V>(n_tiles + STEPS - 1);
+            ring.template send<ROW_K, ROW_V>(n_tiles + STEPS<D> - 1);
             ring.wait();
             product_v(n_tiles);
         }
@@ -458,7 +460,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_quantized(D
         }
 
         constexpr int PART = tca_decode_part<D, ROWS>;
-        static_assert(WARPS*PART*D*(int) sizeof(float) <= ring_bytes<D>, "shared memory");
+        static_assert(WARPS*PART*D*(int) sizeof(float) <= step_bytes<D>, "shared memory");
         float * sums = (float *) smem;  // [WARPS, PART, D]
 #pragma unroll
         for (int part = 0; part < ROWS; part += PART) {
@@ -480,9 +482,10 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm_quantized(D
 
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
+    const int smem = step_bytes<D>*tca_decode_steps(step_bytes<D>, tca_decode_arch(ggml_cuda_get_device()));
     with_type(store.type_k, [&](auto type_k) {
         with_type(store.type_v, [&](auto type_v) {
-            tca_decode_launch<WARPS>(decode_kernel<D, ROWS, decltype(type_k)::value, decltype(type_v)::value>, ring_bytes<D>, store, q, stream);
+            tca_decode_launch<WARPS>(decode_kernel<D, ROWS, decltype(type_k)::value, decltype(type_v)::value>, smem, store, q, stream);
         });
     });
 }

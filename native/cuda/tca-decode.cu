@@ -206,7 +206,7 @@ static __global__ void __launch_bounds__(32*WARPS, tca_decode_per_sm(D, ROWS)) d
 
 template <int D, int ROWS>
 static void launch(const tca_store & store, const tca_queries & q, cudaStream_t stream) {
-    const int smem = DECODE_STAGES*DECODE_STAGE + DECODE_CHUNK_MAX*ROWS*(int) sizeof(float);
+    const int smem = DECODE_STAGES*DECODE_STAGE + q.limits.chunk_max*ROWS*(int) sizeof(float);
     tca_decode_launch<WARPS>(decode_kernel<D, ROWS>, smem, store, q, stream);
 }
 
@@ -276,7 +276,8 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
             if (c0 + b*N_WARPS < n_chunks) {
-                const float m_new = fmaxf(m, p_m[b]), old = __expf(m - m_new), weight = __expf(p_m[b] - m_new);  // 0: the query sees no slot of it
+                const float m_new = fmaxf(m, p_m[b]), old = __expf(m - m_new);
+                const float weight = __expf(p_m[b] - m_new);  // 0: the query sees no slot of the chunk
                 m = m_new;
                 l = fmaf(l, old, weight*p_l[b]);
 #pragma unroll
@@ -316,14 +317,27 @@ static __global__ void __launch_bounds__(512) combine_kernel(const float * parti
 tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial) {
     const tca_attn_node a = tca_attn_node::of(partial);
     const int rows = a.gqa*((a.q->ne[2] + a.desc->ne[2] - 1)/a.desc->ne[2]);
-    const int nsm  = ggml_cuda_info().devices[device].nsm;
     if (rows > TCA_DECODE_ROWS) {
         return { 0, 0, 0 };
     }
+    const int dim = a.q->ne[0], nsm = ggml_cuda_info().devices[device].nsm;
+    const int arch = tca_decode_arch(device), memory = tca_decode_memory(arch);
+    // as many thread blocks as kernels are compiled for, or as the shared memory holds
+    const auto at_once = [&](int per_sm, int bytes) { return std::max(std::min(per_sm, (memory + 8*1024)/bytes), 1)*nsm; };
     switch (tca_decode_kind_of(a.k->type, a.v->type)) {
-        case TCA_DECODE_QUANTIZED: return { tca_decode_per_sm_quantized(a.q->ne[0])*nsm, DECODE_CHUNK_MIN, DECODE_CHUNK_MAX_QUANTIZED };
-        case TCA_DECODE_HALF:      return { tca_decode_per_sm_half(a.q->ne[0])*nsm, DECODE_CHUNK_MIN_HALF, DECODE_CHUNK_MAX_HALF };
-        default:                   return { tca_decode_per_sm(a.q->ne[0], rows)*nsm, DECODE_CHUNK_MIN, DECODE_CHUNK_MAX };
+        case TCA_DECODE_QUANTIZED: {
+            const int step = tca_decode_step_quantized(dim), bytes = step*tca_decode_steps(step, arch);
+            return { at_once(tca_decode_per_sm_quantized(dim), bytes), DECODE_CHUNK_MIN, DECODE_CHUNK_MAX_QUANTIZED };
+        }
+        case TCA_DECODE_HALF: {
+            const int step = tca_decode_step_half(dim), bytes = step*tca_decode_steps(step, arch);
+            return { at_once(tca_decode_per_sm_half(dim), bytes), DECODE_CHUNK_MIN_HALF, DECODE_CHUNK_MAX_HALF };
+        }
+        default: {
+            const int slot  = std::min(rows, 8)*(int) sizeof(float), stages = DECODE_STAGES*DECODE_STAGE;
+            const int chunk = std::min(DECODE_CHUNK_MAX, (memory - stages)/(8*(int) sizeof(float))/16*16);
+            return { at_once(tca_decode_per_sm(dim, rows), stages + chunk*slot), DECODE_CHUNK_MIN, chunk };
+        }
     }
 }
 

@@ -28,9 +28,34 @@ constexpr __host__ __device__ int tca_decode_per_sm(int head_dim, int rows) {
 constexpr __host__ __device__ int tca_decode_per_sm_quantized(int head_dim) {
     return head_dim <= 128 ? 2 : 1;  // two have the registers that they need; three of them were 3 to 20% slower on an H100
 }
-
 constexpr __host__ __device__ int tca_decode_per_sm_half(int head_dim) {
     return head_dim <= 80 ? 3 : head_dim <= 128 ? 2 : 1;  // as many rings as the shared memory holds
+}
+
+// Shared memory of a thread block beside its static memory, by the architecture that code is compiled for.
+constexpr __host__ __device__ int tca_decode_memory(int arch) {
+    return 1024*(arch >= 900 && arch < 1200 ? 216 : arch == 800 || arch == 870 ? 152 : 88);
+}
+
+// A step of all warps' rings: a tile of 16 slots of K and one of V each. Of f16 rows, 16 bytes apart; of q8_0 rows, with 16 bytes to
+// align the start of a tile.
+constexpr __host__ __device__ int tca_decode_step_half     (int head_dim) { return DECODE_WARPS_HALF*2*16*(2*head_dim + 16); }
+constexpr __host__ __device__ int tca_decode_step_quantized(int head_dim) { return DECODE_WARPS*2*(16*(head_dim/32*34) + 16); }
+
+// Steps of the rings: 3, or what fits.
+constexpr __host__ __device__ int tca_decode_steps(int step, int arch) {
+    return tca_decode_memory(arch)/step < 3 ? tca_decode_memory(arch)/step : 3;
+}
+
+#ifdef __CUDA_ARCH__
+constexpr int DECODE_ARCH = __CUDA_ARCH__;
+#else
+constexpr int DECODE_ARCH = 900;  // the host asks tca_decode_arch()
+#endif
+
+// of the code that runs on a device
+static inline int tca_decode_arch(int device) {
+    return ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[device].cc);
 }
 
 static __device__ __forceinline__ int tca_used(const int32_t * desc, int n_units, int u) {

@@ -229,7 +229,8 @@ static __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const tca_sto
     }
     __syncthreads();
 
-    const int group = __shfl_sync(0xffffffff, threadIdx.x/128, 0), tid = threadIdx.x % 128;  // so that the compiler knows it to be one value for the warp
+    const int group = __shfl_sync(0xffffffff, threadIdx.x/128, 0);  // so that the compiler knows it to be one value for the warp
+    const int tid   = threadIdx.x % 128;
 
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(TK == GGML_TYPE_F16 ? 40 : 88));
@@ -428,15 +429,15 @@ static __global__ void __launch_bounds__(THREADS, 1) hopper_kernel(const tca_sto
             scores(next);
             touch(o);
             values(now);
-            pass_turn();
             wgmma_wait<1>();
+            pass_turn();
             touch(c);
             if (lane == 0) {
                 barrier_arrive(free_k(next));
             }
             softmax(j);
             touch(c);
-            barrier_wait(full_v(now), n/STAGES & 1);  // has passed: ends a basic block, or ptxas waits for the product before the softmax
+            barrier_wait(full_v(now), n/STAGES & 1);  // long past: without the end of a basic block ptxas waits before the softmax
             wgmma_wait<0>();
             touch(o);
             if (lane == 0) {
@@ -522,8 +523,8 @@ static void launch(ggml_backend_cuda_context & ctx, const tca_store & store, con
 
 // K or V, converted unless it is f16
 template <int D>
-static void convert(ggml_backend_cuda_context & ctx, ggml_cuda_pool_alloc<half> & memory, const tca_store & store, char * & rows, size_t & nb,
-        int & type, const char * & end) {
+static void convert(ggml_backend_cuda_context & ctx, ggml_cuda_pool_alloc<half> & memory, const tca_store & store, char * & rows,
+        size_t & nb, int & type, const char * & end) {
     if (type == GGML_TYPE_F16) {
         return;
     }

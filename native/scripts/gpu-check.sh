@@ -6,7 +6,8 @@
 #   native/scripts/gpu-check.sh --unpack ARCHIVE [FOLDER]   takes those in place of a build
 #
 # 1. builds or unpacks   2. compares the CUDA ops with the CPU's   3. memcheck and racecheck (compute-sanitizer) on the op tests
-# 4. timings of the kernels beside the copy bandwidth   5. prefill and decode of a random-weight 8B shape, one table
+# 4. timings of the kernels beside stock's, and the GPU's limits and cuDNN where PyTorch is there (gpu-peers.py)
+# 5. prefill and decode of a random-weight 8B shape, one table
 # FOLDER takes the three 4.5 GB models (default build/gpu/models). Without a GPU: says so and ends with 0. TCA_SDIST and
 # CMAKE_ARGS as in the Makefile. About 6 minutes on an H100 once built.
 set -euo pipefail
@@ -61,6 +62,7 @@ else
     echo "skip   memcheck, racecheck: no compute-sanitizer"
 fi
 "$test" bench 2> /dev/null
+"$python" native/scripts/gpu-peers.py
 
 [ -e "$models/keep-0.25.gguf" ] || "$python" native/scripts/random-gguf.py "$models"
 {
@@ -69,5 +71,8 @@ fi
             "$bench" "$models/$model.gguf" $kv 8192,32768,131072 2> /dev/null
         done
         "$bench" "$models/dense.gguf" $kv 8192 512 2> /dev/null
+        for model in dense keep-0.25; do
+            "$bench" "$models/$model.gguf" $kv 128,512,1024,2048,4096 2> /dev/null  # for decode: a prompt in such pieces is slow
+        done
     done
 } | tee $build/bench.jsonl | "$python" native/scripts/gpu-table.py

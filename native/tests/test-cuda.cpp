@@ -485,7 +485,8 @@ static void bench_case(const char * what, ggml_type type, int n_tokens, int mean
         longest = std::max(longest, n);
     }
     const size_t bytes  = 2*slots*ggml_row_size(type, dim);
-    const int    n_sets = n_tokens > 1 ? 2 : std::clamp<int>((BENCH_BYTES + bytes - 1)/bytes, 2, 400), repeat = std::max(n_sets, n_tokens > 1 ? 2 : 20);
+    const int    n_sets = n_tokens > 1 ? 2 : std::clamp<int>((BENCH_BYTES + bytes - 1)/bytes, 2, 400);
+    const int    repeat = std::max(n_sets, n_tokens > 1 ? 2 : 20);
     const ggml_context_ptr ctx { ggml_init({ (size_t) (16*repeat + 64)*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true }) };
     ggml_context * x = ctx.get();
     ggml_tensor * d = ggml_new_tensor_4d(x, GGML_TYPE_I32, TCA_DESC_SIZE, hkv, 1, 1);
