@@ -46,6 +46,7 @@ class Budgets:
     head_config: int32 [n_layer, n_head_kv], row of configs, DENSE or SLIDING; kept_fraction: mean over
     the heads that are not SLIDING;
     enabled: whether the runtime uses the budgets when nothing overrides it;
+    rollback: newest tokens that can always be taken back, also over a compaction; None: the runtime's default;
     probe: float32 [n_layer, n_head_kv, head_dim_k], the vector of each head that the metric "key-probe" multiplies keys with.
     """
 
@@ -62,6 +63,7 @@ class Budgets:
     enabled: bool = True
     calibration: Calibration | None = None
     probe: np.ndarray | None = None
+    rollback: int | None = None
 
     @property
     def n_layer(self) -> int:

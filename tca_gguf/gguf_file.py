@@ -310,6 +310,7 @@ def _budgets(reader: HeaderReader, path: Path, shape: ModelShape) -> Budgets:
         enabled=fields.get("tca.enabled", GGUFValueType.BOOL) if has_enabled else True,
         calibration=_calibration(fields, shape),
         probe=_probe(fields, shape) if reader.get_field("tca.probe") is not None else None,
+        rollback=fields.get("tca.rollback", GGUFValueType.UINT32) if reader.get_field("tca.rollback") is not None else None,
     )
     try:
         budgets.check()
@@ -379,6 +380,8 @@ def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path) -> list[byte
     writer.add_uint32("tca.group_size", budgets.group_size)
     writer.add_uint32("tca.window", budgets.window)
     writer.add_uint32("tca.sinks", budgets.sinks)
+    if budgets.rollback is not None:
+        writer.add_uint32("tca.rollback", budgets.rollback)
     writer.add_string("tca.metric", budgets.metric)
     writer.add_array("tca.keep_counts", [int(k) for k in budgets.keep_counts])
     writer.add_array("tca.configs", np.asarray(budgets.configs).ravel().tolist())

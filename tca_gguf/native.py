@@ -84,7 +84,7 @@ def _int32(values: ArrayLike, name: str) -> NDArray[np.int32]:
 
 def _budgets(budgets: Budgets) -> tuple[Any, list[Any]]:
     """(struct tca_budgets *, everything it points to)."""
-    ffi, _ = _extension()
+    ffi, lib = _extension()
     keep = _int32(budgets.keep_counts, "tca.keep_counts").reshape(-1)
     configs = _int32(budgets.configs, "tca.configs")
     head_config = _int32(budgets.head_config, "tca.head_config")
@@ -96,11 +96,14 @@ def _budgets(budgets: Budgets) -> tuple[Any, list[Any]]:
     metric = ffi.new("char[]", str(budgets.metric).encode())
     alive = [metric, *(_pointer(array, "int32_t") for array in (keep, configs, head_config))]
     struct = ffi.new("struct tca_budgets *")
-    for name in ("version", "block_size", "group_size", "window", "sinks"):
+    numbers = {name: getattr(budgets, name) for name in ("version", "block_size", "group_size", "window", "sinks", "rollback")}
+    if numbers["rollback"] is None:
+        numbers["rollback"] = min(lib.TCA_ROLLBACK, budgets.group_size)
+    for name, number in numbers.items():
         try:
-            setattr(struct, name, int(getattr(budgets, name)))
+            setattr(struct, name, int(number))
         except (OverflowError, TypeError, ValueError):
-            raise TcaError(f"tca.{name} is {getattr(budgets, name)!r}; it must be an integer from 0 to 4294967295") from None
+            raise TcaError(f"tca.{name} is {number!r}; it must be an integer from 0 to 4294967295") from None
     struct.metric, struct.keep_counts, struct.configs, struct.head_config = alive
     struct.n_keep, struct.n_configs = len(keep), configs.shape[0]
     struct.n_layer, struct.n_head_kv = head_config.shape

@@ -1,7 +1,7 @@
 // C API: figures of a context.
 #include "tca-error.h"
 
-#include "llama/llama-kv-cache-tca-iswa.h"
+#include "llama/llama-memory-tca.h"
 #include "llama/llama-model-tca.h"
 #include "llama/tca-rope.h"
 
@@ -11,24 +11,25 @@
 
 #include <algorithm>
 
-static const llama_kv_cache_tca * cache_of(const llama_context * ctx) {
-    const auto * kv = ctx == nullptr ? nullptr : llama_tca_cache_of(ctx->get_memory());
-    if (kv == nullptr) {
+static const llama_memory_tca * memory_of(const llama_context * ctx) {
+    const auto * memory = ctx == nullptr ? nullptr : llama_tca_memory_of(ctx->get_memory());
+    if (memory == nullptr) {
         tca_fail(TCA_NO_BUDGETS, "this context uses the stock KV cache");
     }
-    return kv;
+    return memory;
 }
 
 tca_status tca_context_get_info(const llama_context * ctx, tca_context_info * info) {
     *info = {};
-    if (const llama_kv_cache_tca * kv = cache_of(ctx)) {
+    if (const llama_memory_tca * memory = memory_of(ctx)) {
+        const llama_tca_store & store = memory->get_store();
         info->active         = true;
-        info->n_layer        = kv->get_plan().n_layer();
-        info->n_head_kv      = kv->get_plan().n_head_kv();
-        info->n_stream       = kv->n_stream();
-        info->n_ctx_seq      = kv->get_plan().n_ctx_seq;
-        info->kv_bytes       = kv->bytes();
-        info->kv_bytes_dense = kv->bytes_dense();
+        info->n_layer        = store.full_plan().n_layer();
+        info->n_head_kv      = store.full_plan().n_head_kv();
+        info->n_stream       = store.n_stream();
+        info->n_ctx_seq      = store.full_plan().n_ctx_seq;
+        info->kv_bytes       = store.bytes();
+        info->kv_bytes_dense = store.bytes_dense();
     }
     if (ctx != nullptr && ctx->get_memory() != nullptr) {
         const llama_tca_bytes bytes = llama_tca_count_bytes(*ctx->get_memory());
@@ -38,11 +39,12 @@ tca_status tca_context_get_info(const llama_context * ctx, tca_context_info * in
     return TCA_OK;
 }
 
-static tca_status check_region(const llama_kv_cache_tca * kv, uint32_t layer, int32_t seq_id, uint32_t head) {
-    if (kv == nullptr) {
+static tca_status check_region(const llama_memory_tca * memory, uint32_t layer, int32_t seq_id, uint32_t head) {
+    if (memory == nullptr) {
         return TCA_ERR_ARGUMENT;
     }
-    if (layer >= kv->get_plan().n_layer() || head >= kv->get_plan().n_head_kv() || seq_id < 0 || seq_id >= (int32_t) kv->n_stream()) {
+    const llama_tca_store & store = memory->get_store();
+    if (layer >= store.full_plan().n_layer() || head >= store.full_plan().n_head_kv() || seq_id < 0 || seq_id >= (int32_t) store.n_stream()) {
         return tca_fail(TCA_ERR_ARGUMENT, "layer " + std::to_string(layer) + ", sequence " + std::to_string(seq_id) + ", KV head " +
                 std::to_string(head) + " does not exist in this context");
     }
@@ -50,19 +52,19 @@ static tca_status check_region(const llama_kv_cache_tca * kv, uint32_t layer, in
 }
 
 tca_status tca_context_sequence(const llama_context * ctx, int32_t seq_id, uint32_t * n_tokens, uint32_t * n_groups) {
-    const llama_kv_cache_tca * kv = cache_of(ctx);
-    const tca_status status = check_region(kv, 0, seq_id, 0);
+    const llama_memory_tca * memory = memory_of(ctx);
+    const tca_status status = check_region(memory, 0, seq_id, 0);
     if (status == TCA_OK) {
-        *n_tokens = kv->get_stream(seq_id).state.n_tokens;
-        *n_groups = kv->get_stream(seq_id).state.n_groups;
+        *n_tokens = memory->get_stream(seq_id).state.n_tokens;
+        *n_groups = memory->get_stream(seq_id).state.n_groups;
     }
     return status;
 }
 
 int64_t tca_context_region_length(const llama_context * ctx, uint32_t layer, int32_t seq_id, uint32_t head) {
-    const llama_kv_cache_tca * kv = cache_of(ctx);
-    const tca_status status = check_region(kv, layer, seq_id, head);
-    return status == TCA_OK ? kv->get_plan().length(layer, head, kv->get_stream(seq_id).state) : (int64_t) status;
+    const llama_memory_tca * memory = memory_of(ctx);
+    const tca_status status = check_region(memory, layer, seq_id, head);
+    return status == TCA_OK ? memory->get_store().full_plan().length(layer, head, memory->get_stream(seq_id).state) : (int64_t) status;
 }
 
 int64_t tca_context_positions(llama_context * ctx, uint32_t layer, int32_t seq_id, uint32_t head, int32_t * positions, int64_t n_max) {
@@ -71,11 +73,11 @@ int64_t tca_context_positions(llama_context * ctx, uint32_t layer, int32_t seq_i
         return n;
     }
     llama_synchronize(ctx);
-    const llama_kv_cache_tca * kv = cache_of(ctx);
-    kv->copy_pending_streams();
-    const tca_plan & plan = kv->get_plan();
-    const int64_t first = seq_id*plan.slots(layer) + plan.offset(layer, head);
-    ggml_backend_tensor_get(kv->get_layer(layer).pos, positions, first*sizeof(int32_t), std::min(n, n_max)*sizeof(int32_t));
+    const llama_memory_tca * memory = memory_of(ctx);
+    memory->do_pending();
+    const llama_tca_store & store = memory->get_store();
+    const int64_t first = store.first_slot(seq_id, layer) + store.plan(seq_id).offset(layer, head);
+    ggml_backend_tensor_get(store.get_layer(layer).pos, positions, first*sizeof(int32_t), std::min(n, n_max)*sizeof(int32_t));
     return n;
 }
 

@@ -9,7 +9,7 @@
 #include <cstring>
 
 tca_budgets_data::tca_budgets_data(const tca_budgets & b)
-    : version(b.version), block_size(b.block_size), group_size(b.group_size), window(b.window), sinks(b.sinks), metric(b.metric),
+    : version(b.version), block_size(b.block_size), group_size(b.group_size), window(b.window), sinks(b.sinks), rollback(b.rollback), metric(b.metric),
       keep_counts(b.keep_counts, b.keep_counts + b.n_keep),
       configs(b.configs, b.configs + (size_t) b.n_configs*b.n_keep),
       head_config(b.head_config, b.head_config + (size_t) b.n_layer*b.n_head_kv),
@@ -23,6 +23,7 @@ tca_budgets tca_budgets_data::view() const {
     b.group_size  = group_size;
     b.window      = window;
     b.sinks       = sinks;
+    b.rollback    = rollback;
     b.metric      = metric.c_str();
     b.n_keep      = keep_counts.size();
     b.keep_counts = keep_counts.data();
@@ -57,6 +58,9 @@ std::string tca_budgets_problem(const tca_budgets & b) {
     }
     if (b.sinks > TCA_MAX_WINDOW) {
         return "tca.sinks is " + num(b.sinks) + ", it must lie between 0 and " + num(TCA_MAX_WINDOW);
+    }
+    if (b.rollback > b.group_size) {
+        return "tca.rollback is " + num(b.rollback) + ", it must lie between 0 and tca.group_size (" + num(b.group_size) + ")";
     }
     if (tca_metric_find(b.metric) == nullptr) {
         // a file's string may be long or hold control characters: show a short, printable part
@@ -288,6 +292,10 @@ tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, ui
     r.u32("tca.group_size", b.group_size);
     r.u32("tca.window",     b.window);
     r.u32("tca.sinks",      b.sinks);
+    b.rollback = std::min<uint32_t>(TCA_ROLLBACK, b.group_size);
+    if (gguf_find_key(gguf, "tca.rollback") >= 0) {
+        r.u32("tca.rollback", b.rollback);
+    }
     r.str("tca.metric",     b.metric);
     r.array("tca.keep_counts", GGUF_TYPE_INT32, TCA_MAX_BLOCK + 1, b.keep_counts);
     r.array("tca.configs",     GGUF_TYPE_INT32, (size_t) TCA_MAX_CONFIGS*(TCA_MAX_BLOCK + 1), b.configs);

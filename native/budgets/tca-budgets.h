@@ -15,6 +15,7 @@ struct tca_budgets_data {
     uint32_t             group_size = 0;
     uint32_t             window     = 0;
     uint32_t             sinks      = 0;
+    uint32_t             rollback   = 0;
     std::string          metric;
     std::vector<int32_t> keep_counts;   // [n_keep]
     std::vector<int32_t> configs;       // [n_configs, n_keep]

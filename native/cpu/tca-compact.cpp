@@ -5,14 +5,31 @@
 
 #include <cstring>
 
-// Moves the kept rows of the group to its start and the rows behind the group right after them.
-static void move_rows(char * rows, size_t row_size, int64_t group, const int32_t * kept, int n_kept, int group_size, int64_t used) {
+// Moves the kept rows of the group to its start and the rows behind the group right after them; those that are dropped go to the
+// stash, which may lie where rows were that moved.
+static void move_rows(char * rows, size_t row_size, const int32_t * d, const int32_t * kept, int n_kept, int group_size, std::vector<char> & dropped) {
+    const int64_t group = d[TCA_DESC_GROUP], used = d[TCA_DESC_USED];
     char * to = rows + group*row_size;
+    if (d[TCA_DESC_STASH] >= 0) {
+        dropped.resize((group_size - n_kept)*row_size);
+        char * out = dropped.data();
+        for (int i = 0, next = 0; i < group_size; ++i) {
+            if (next < n_kept && kept[next] == i) {
+                ++next;
+                continue;
+            }
+            memcpy(out, to + i*row_size, row_size);
+            out += row_size;
+        }
+    }
     for (int i = 0; i < n_kept; ++i) {
         // kept[i] >= i: a row never lands behind one that is still to be read
         memmove(to + i*row_size, to + kept[i]*row_size, row_size);
     }
     memmove(to + n_kept*row_size, to + group_size*row_size, (used - group - group_size)*row_size);
+    if (d[TCA_DESC_STASH] >= 0) {
+        memcpy(rows + d[TCA_DESC_STASH]*row_size, dropped.data(), dropped.size());
+    }
 }
 
 void tca_cpu_compact(ggml_tensor * node, int ith, int nth) {
@@ -43,6 +60,7 @@ void tca_cpu_compact(ggml_tensor * node, int ith, int nth) {
     static thread_local std::vector<double>  observed;
     static thread_local tca_observe_scratch  observe_scratch;
     static thread_local std::vector<int32_t> kept;
+    static thread_local std::vector<char>    dropped;
 
     int unit = 0;
     for (int64_t s = 0; s < a.desc->ne[2]; ++s) {
@@ -76,12 +94,10 @@ void tca_cpu_compact(ggml_tensor * node, int ith, int nth) {
             const int n_kept = tca_select_tokens(importance.data(), n, params.block_size, n_keep, keep_counts,
                     configs + (size_t) d[TCA_DESC_CONFIG]*n_keep, scratch, kept.data());
 
-            const int64_t group = d[TCA_DESC_GROUP];
-            const int64_t used  = d[TCA_DESC_USED];
-            const int64_t base  = d[TCA_DESC_OFFSET];
-            move_rows((char *) k->data   + base*k->nb[1],   k->nb[1],        group, kept.data(), n_kept, n, used);
-            move_rows((char *) v->data   + base*v->nb[1],   v->nb[1],        group, kept.data(), n_kept, n, used);
-            move_rows((char *) pos->data + base*pos->nb[0], sizeof(int32_t), group, kept.data(), n_kept, n, used);
+            const int64_t base = d[TCA_DESC_OFFSET];
+            move_rows((char *) k->data   + base*k->nb[1],   k->nb[1],        d, kept.data(), n_kept, n, dropped);
+            move_rows((char *) v->data   + base*v->nb[1],   v->nb[1],        d, kept.data(), n_kept, n, dropped);
+            move_rows((char *) pos->data + base*pos->nb[0], sizeof(int32_t), d, kept.data(), n_kept, n, dropped);
         }
     }
 }

@@ -12,7 +12,8 @@ static __device__ __forceinline__ bool beats(double vi, int i, double vj, int j)
 
 constexpr int SELECT_THREADS = 1024;
 
-// kept [n_seqs*n_head_kv, group_size + 1] out: number of kept tokens, then their indices in the group, increasing
+// kept [n_seqs*n_head_kv, group_size + 1] out: number of kept tokens, then their indices in the group, increasing, and from the
+// end on backwards those of the dropped ones
 // grid (n_head_kv, n_seqs)
 static __global__ void __launch_bounds__(SELECT_THREADS, 1) select_kernel(const tca_store s, const tca_select_args p,
         const double * importance_all, int32_t * kept) {
@@ -78,8 +79,11 @@ static __global__ void __launch_bounds__(SELECT_THREADS, 1) select_kernel(const 
             before += w < warp ? counts[w] : 0;
             total  += counts[w];
         }
+        before += __popc(ballot & ((1u << lane) - 1));  // tokens before t that stay
         if (stays) {
-            kept[1 + before + __popc(ballot & ((1u << lane) - 1))] = t;
+            kept[1 + before] = t;
+        } else if (t < n) {
+            kept[n - (t - before)] = t;  // from the end, backwards
         }
         __syncthreads();
     }
@@ -118,30 +122,59 @@ static __device__ void move_rows(T * rows, int units, const int32_t * kept, int 
     }
 }
 
-// grid (n_head_kv, n_seqs, 3): K, V, positions
-static __global__ void __launch_bounds__(1024, 1) move_kernel(const tca_store s, int32_t * pos, const int32_t * kept, int group_size) {
+// The dropped rows, last first as `kept` has them, from the group to memory of their own or from there to the stash.
+template <typename T>
+static __device__ void copy_dropped(T * to, const T * from, int units, const int32_t * kept, int group_size, bool gather) {
+    const int n = (group_size - kept[0])*units;
+    for (int at = threadIdx.x; at < n; at += blockDim.x) {
+        const int i = at/units, row = gather ? kept[group_size - i] : i;
+        to[at] = from[(int64_t) row*units + at % units];
+    }
+    __syncthreads();
+}
+
+// rows: of the region. Rows that are dropped wait in `dropped` until those behind the group have moved: the stash may lie there.
+template <typename T>
+static __device__ void compact_rows(T * rows, int units, const int32_t * d, const int32_t * kept, int group_size, T * dropped) {
+    const int64_t n_behind = (int64_t) d[TCA_DESC_USED] - d[TCA_DESC_GROUP] - group_size;
+    T * group = rows + (int64_t) d[TCA_DESC_GROUP]*units;
+    if (d[TCA_DESC_STASH] >= 0) {
+        copy_dropped(dropped, group, units, kept, group_size, true);
+    }
+    move_rows(group, units, kept, group_size, n_behind);
+    if (d[TCA_DESC_STASH] >= 0) {
+        copy_dropped(rows + (int64_t) d[TCA_DESC_STASH]*units, dropped, units, kept, group_size, false);
+    }
+}
+
+// Bytes of K, V and position of one slot, rounded up so that a group of any of them starts at a multiple of 16.
+static __host__ __device__ size_t tca_slot_bytes(const tca_store & s) {
+    return (s.nb_k + s.nb_v + sizeof(int32_t) + 15)/16*16;
+}
+
+// grid (n_head_kv, n_seqs, 3): K, V, positions. dropped: room for a group of rows each
+static __global__ void __launch_bounds__(1024, 1) move_kernel(const tca_store s, int32_t * pos, const int32_t * kept, int group_size, char * dropped) {
     const int32_t * d = tca_region(s, blockIdx.y, blockIdx.x);
     if (!tca_compacts(d)) {
         return;
     }
-    kept += (size_t) (blockIdx.y*s.n_head_kv + blockIdx.x)*(group_size + 1);
-    const int64_t first    = (int64_t) d[TCA_DESC_OFFSET] + d[TCA_DESC_GROUP];
-    const int64_t n_behind = (int64_t) d[TCA_DESC_USED] - d[TCA_DESC_GROUP] - group_size;
+    const size_t unit = (size_t) blockIdx.y*s.n_head_kv + blockIdx.x;
+    kept    += unit*(group_size + 1);
+    dropped += unit*group_size*tca_slot_bytes(s) + (blockIdx.z == 0 ? 0 : blockIdx.z == 1 ? s.nb_k : s.nb_k + s.nb_v)*group_size;
     if (blockIdx.z == 2) {
-        move_rows(pos + first, 1, kept, group_size, n_behind);
+        compact_rows(pos + d[TCA_DESC_OFFSET], 1, d, kept, group_size, (int32_t *) dropped);
         return;
     }
-    char * rows = blockIdx.z == 0 ? s.k : s.v;
     const int size = blockIdx.z == 0 ? s.nb_k : s.nb_v;
-    rows += first*size;
+    char * rows = (blockIdx.z == 0 ? s.k : s.v) + (int64_t) d[TCA_DESC_OFFSET]*size;
     if (size % 16 == 0) {
-        move_rows((uint4    *) rows, size/16, kept, group_size, n_behind);
+        compact_rows((uint4    *) rows, size/16, d, kept, group_size, (uint4    *) dropped);
     } else if (size % 8 == 0) {
-        move_rows((uint2    *) rows, size/8,  kept, group_size, n_behind);
+        compact_rows((uint2    *) rows, size/8,  d, kept, group_size, (uint2    *) dropped);
     } else if (size % 4 == 0) {
-        move_rows((uint32_t *) rows, size/4,  kept, group_size, n_behind);
+        compact_rows((uint32_t *) rows, size/4,  d, kept, group_size, (uint32_t *) dropped);
     } else {
-        move_rows((uint16_t *) rows, size/2,  kept, group_size, n_behind);
+        compact_rows((uint16_t *) rows, size/2,  d, kept, group_size, (uint16_t *) dropped);
     }
 }
 
@@ -179,5 +212,6 @@ void tca_cuda_compact(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const int smem = (p.group_size + p.group_size/p.block_size)*sizeof(double);
     CUDA_CHECK(cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(smem, 48*1024)));
     select_kernel<<<dim3(s.n_head_kv, s.n_seqs), SELECT_THREADS, smem, ctx.stream()>>>(s, p, importance.get(), kept.get());
-    move_kernel  <<<dim3(s.n_head_kv, s.n_seqs, 3), 1024, 0, ctx.stream()>>>(s, pos, kept.get(), p.group_size);
+    ggml_cuda_pool_alloc<char> dropped(ctx.pool(), n*p.group_size*tca_slot_bytes(s));
+    move_kernel  <<<dim3(s.n_head_kv, s.n_seqs, 3), 1024, 0, ctx.stream()>>>(s, pos, kept.get(), p.group_size, dropped.get());
 }

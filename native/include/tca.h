@@ -39,6 +39,7 @@ enum {
     TCA_MAX_WINDOW     = 1 << 20,
     TCA_MAX_CONFIGS    = 4096,
     TCA_MAX_PROBE      = 8192,
+    TCA_ROLLBACK       = 64,  // tca.rollback where a file does not say (at most its tca.group_size)
 };
 
 typedef enum tca_status {
@@ -67,6 +68,7 @@ struct tca_budgets {
     uint32_t        group_size;   // G, tokens compacted together, a multiple of block_size
     uint32_t        window;       // W, the newest tokens, never compacted
     uint32_t        sinks;        // the first tokens, never compacted
+    uint32_t        rollback;     // newest tokens that can always be taken back, also over a compaction; at most group_size
     const char *    metric;       // name of the selection metric, one of tca_metric_name()
     uint32_t        n_keep;       // allowed numbers of kept tokens in a block
     const int32_t * keep_counts;  // [n_keep], strictly increasing, 0 <= k <= block_size

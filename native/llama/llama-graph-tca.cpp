@@ -1,31 +1,20 @@
 #include "llama-graph-tca.h"
 
-#include "llama-kv-cache-tca-iswa.h"
+#include "llama-memory-tca.h"
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 
 #include <stdexcept>
 
-static bool step_compacts(const llama_kv_cache_tca_context::step & step) {
-    for (const auto & segment : step) {
-        for (const auto & s : segment) {
-            if (s.seg.compacts) {
-                return true;
-            }
-        }
-    }
-    return false;
-}
-
 llm_graph_input_attn_tca::llm_graph_input_attn_tca(const llama_hparams & hparams, const llama_cparams & cparams,
-        const llama_kv_cache_tca_context * mctx) : llm_graph_input_attn_kv(hparams, cparams, nullptr), mctx_tca(mctx) {
+        const llama_memory_tca_context * mctx) : llm_graph_input_attn_kv(hparams, cparams, nullptr), mctx_tca(mctx) {
 }
 
 void llm_graph_input_attn_tca::set_input(const llama_ubatch * /*ubatch*/) {
     for (ggml_tensor * t : { self_k_rot, self_v_rot }) {
         if (t && t->buffer) {
-            ggml_backend_tensor_set(t, mctx_tca->get_kv()->hadamard_matrix(t->ne[0]).data(), 0, ggml_nbytes(t));
+            ggml_backend_tensor_set(t, mctx_tca->get_memory()->get_store().hadamard_matrix(t->ne[0]).data(), 0, ggml_nbytes(t));
         }
     }
     if (!desc->buffer) {
@@ -33,51 +22,53 @@ void llm_graph_input_attn_tca::set_input(const llama_ubatch * /*ubatch*/) {
     }
     GGML_ASSERT(ggml_backend_buffer_is_host(desc->buffer));
 
-    const llama_kv_cache_tca & kv   = *mctx_tca->get_kv();
-    const tca_plan           & plan = kv.get_plan();
+    const llama_tca_store & store = mctx_tca->get_memory()->get_store();
 
     int32_t * d = (int32_t *) desc->data;
     for (const auto & segment : mctx_tca->get_step()) {
-        for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+        for (uint32_t il = 0; il < store.full_plan().n_layer(); ++il) {
             for (const auto & s : segment) {
-                plan.describe(il, s.stream, s.seg, s.token, s.pos, d);
-                d += plan.n_head_kv()*TCA_DESC_SIZE;
+                store.plan(s.stream).describe(il, store.first_slot(s.stream, il), s.seg, s.token, s.pos, d);
+                d += store.full_plan().n_head_kv()*TCA_DESC_SIZE;
             }
         }
     }
 }
 
 bool llm_graph_input_attn_tca::can_reuse(const llm_graph_params & params) {
-    mctx_tca = llama_tca_context_of(params.mctx);
+    mctx_tca = params.res->mctx_tca;
 
-    return desc->ne[2] == params.ubatch.n_seqs && n_segments == mctx_tca->n_segments(params.ubatch) &&
-        compacts == step_compacts(mctx_tca->get_step());
+    return desc->ne[2] == mctx_tca->n_entries(params.ubatch) && attn_desc->ne[2] == params.ubatch.n_seqs &&
+        n_segments == mctx_tca->n_segments(params.ubatch) && compacts == mctx_tca->compacts();
 }
 
 llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph) {
-    const llama_kv_cache_tca_context * mctx = llama_tca_context_of(graph.mctx);
+    const llama_memory_tca_context * mctx = graph.res->mctx_tca;
     if (mctx == nullptr) {
         return nullptr;
     }
-    const llama_kv_cache_tca & kv   = *mctx->get_kv();
-    const tca_plan           & plan = kv.get_plan();
+    const llama_tca_store & store = mctx->get_memory()->get_store();
+    const tca_plan  & plan  = store.full_plan();
 
     auto inp = std::make_unique<llm_graph_input_attn_tca>(graph.hparams, graph.cparams, mctx);
 
     inp->n_segments = mctx->n_segments(graph.ubatch);
-    inp->compacts   = mctx->get_step().empty() || step_compacts(mctx->get_step());
-    inp->desc = ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_I32, TCA_DESC_SIZE, plan.n_head_kv(), graph.ubatch.n_seqs,
+    inp->compacts   = mctx->compacts();
+    inp->desc = ggml_new_tensor_4d(graph.ctx0, GGML_TYPE_I32, TCA_DESC_SIZE, plan.n_head_kv(), mctx->n_entries(graph.ubatch),
             (int64_t) inp->n_segments*plan.n_layer());
     ggml_set_input(inp->desc);
     ggml_set_name(inp->desc, "tca_desc");
+    inp->attn_desc = inp->desc->ne[2] == graph.ubatch.n_seqs ? inp->desc :
+        ggml_view_4d(graph.ctx0, inp->desc, TCA_DESC_SIZE, plan.n_head_kv(), graph.ubatch.n_seqs, inp->desc->ne[3],
+                inp->desc->nb[1], inp->desc->nb[2], inp->desc->nb[3], 0);
 
-    if (kv.hadamard_k() > 0) {
-        inp->self_k_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, kv.hadamard_k(), kv.hadamard_k());
+    if (store.hadamard_k() > 0) {
+        inp->self_k_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, store.hadamard_k(), store.hadamard_k());
         ggml_set_input(inp->self_k_rot);
         ggml_set_name(inp->self_k_rot, "attn_inp_k_rot");
     }
-    if (kv.hadamard_v() > 0) {
-        inp->self_v_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, kv.hadamard_v(), kv.hadamard_v());
+    if (store.hadamard_v() > 0) {
+        inp->self_v_rot = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, store.hadamard_v(), store.hadamard_v());
         ggml_set_input(inp->self_v_rot);
         ggml_set_name(inp->self_v_rot, "attn_inp_v_rot");
     }
@@ -85,8 +76,8 @@ llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph
 }
 
 llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & graph, int il) {
-    const llama_kv_cache_tca_context * mctx = llama_tca_context_of(graph.mctx);
-    if (mctx == nullptr || !mctx->get_kv()->get_plan().layer_stored(il)) {
+    const llama_memory_tca_context * mctx = graph.res->mctx_tca;
+    if (mctx == nullptr || !mctx->get_memory()->get_store().full_plan().layer_stored(il)) {
         return nullptr;
     }
     for (const llm_graph_input_ptr & input : graph.res->inputs) {
@@ -111,25 +102,25 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
     ggml_context * ctx = graph.ctx0;
     ggml_cgraph  * gf  = graph.gf;
 
-    const llama_kv_cache_tca        & kv    = *inp->mctx_tca->get_kv();
-    const tca_plan                  & plan  = kv.get_plan();
-    const llama_kv_cache_tca::layer & layer = kv.get_layer(il);
+    const llama_tca_store        & store = inp->mctx_tca->get_memory()->get_store();
+    const tca_plan         & plan  = store.full_plan();
+    const llama_tca_store::layer & layer = store.get_layer(il);
 
     const float softcap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     const bool  split   = tca_attn_splits(graph.ubatch.n_seq_tokens, q->ne[1], plan.n_head_kv());
 
-    ggml_tensor * cur   = nullptr;
-    ggml_tensor * store = layer.k;  // as the nodes before left it: what a segment reads is the result of the one before
+    ggml_tensor * cur  = nullptr;
+    ggml_tensor * rows = layer.k;  // as the nodes before left it: what a segment reads is the result of the one before
     for (uint32_t i = 0; i < inp->n_segments; ++i) {
         const int row = i*plan.n_layer() + il;
 
-        ggml_tensor * k = tca_build_append(ctx, store, layer.v, layer.pos, k_cur, v_cur, inp->desc, row);
+        ggml_tensor * k = tca_build_append(ctx, rows, layer.v, layer.pos, k_cur, v_cur, inp->desc, row);
         graph.cb(k, "tca_append", il);
         ggml_build_forward_expand(gf, k);
 
         cur = split ?
-            tca_build_attn_split(ctx, q, k, layer.v, inp->desc, row, kq_scale, softcap, kv.n_chunks(il), cur) :
-            tca_build_attn      (ctx, q, k, layer.v, inp->desc, row, kq_scale, softcap, cur);
+            tca_build_attn_split(ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, store.n_chunks(il), cur) :
+            tca_build_attn      (ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, cur);
         graph.cb(cur, "tca_attn", il);
         ggml_build_forward_expand(gf, cur);
 
@@ -138,7 +129,7 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
             graph.cb(k, "tca_compact", il);
             ggml_build_forward_expand(gf, k);
         }
-        store = k;
+        rows = k;
     }
     return ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
 }

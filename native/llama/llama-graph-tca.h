@@ -3,20 +3,21 @@
 
 #include "llama-graph.h"
 
-class llama_kv_cache_tca_context;
+class llama_memory_tca_context;
 
 // Takes the place of the stock attention input. Its only tensors are the descriptor (see ops/tca-ops.h), whose size does not
 // depend on the context length, and the Hadamard matrices of quantized caches.
 class llm_graph_input_attn_tca : public llm_graph_input_attn_kv {
 public:
-    llm_graph_input_attn_tca(const llama_hparams & hparams, const llama_cparams & cparams, const llama_kv_cache_tca_context * mctx);
+    llm_graph_input_attn_tca(const llama_hparams & hparams, const llama_cparams & cparams, const llama_memory_tca_context * mctx);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    const llama_kv_cache_tca_context * mctx_tca;
+    const llama_memory_tca_context * mctx_tca;
 
-    ggml_tensor * desc = nullptr;  // I32 [TCA_DESC_SIZE, n_head_kv, n_seqs, n_segments*n_layer]
+    ggml_tensor * desc      = nullptr;  // I32 [TCA_DESC_SIZE, n_head_kv, n_entries, n_segments*n_layer]
+    ggml_tensor * attn_desc = nullptr;  // its first n_seqs entries, those with queries (llama_memory_tca_context::step)
     uint32_t      n_segments = 0;
     bool          compacts   = false;  // compaction nodes are in the graph
 };

@@ -1,12 +1,13 @@
 #include "llama-model-tca.h"
 
-#include "llama-kv-cache-tca-iswa.h"
+#include "llama-memory-tca.h"
 #include "tca-archs.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model-loader.h"
 #include "llama-model.h"
 
@@ -150,29 +151,72 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
     model.tca = std::make_shared<llama_tca_model>(llama_tca_model { std::move(budgets) });
 }
 
-void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams) {
-    if (model.tca && cparams.kv_unified) {
-        if (cparams.n_seq_max > 1) {
-            LLAMA_LOG_WARN("tca: %u sequences share n_ctx = %u in equal parts (kv_unified does not apply to the ragged cache); "
-                    "use one sequence (-np 1) to give it the whole context\n", cparams.n_seq_max, cparams.n_ctx);
-        }
-        cparams.kv_unified = false;
+// Empty: contexts of this kind use the ragged cache; else why they use the stock one. Before the sizes of the context are rounded.
+static std::string stock_cache_because(const llama_model & model, const llama_cparams & cparams) {
+    if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        return "it is no default context (a draft of prediction layers)";
     }
+    if (cparams.embeddings) {
+        return "it makes embeddings, which want the whole text";
+    }
+    if (!cparams.causal_attn) {
+        return "its attention is not causal";
+    }
+    if (cparams.n_seq_max > 1) {
+        const bool     shared = cparams.kv_unified;
+        const uint32_t n_ctx  = GGML_PAD(cparams.n_ctx, 256);
+        const tca_plan plan(model.tca->budgets, shared ? n_ctx : GGML_PAD(n_ctx/cparams.n_seq_max, 256));
+        int64_t slots = 0, slots_dense = 0;
+        for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+            slots       += llama_tca_store_slots(plan, il, n_ctx, cparams.n_seq_max, shared);
+            slots_dense += plan.layer_stored(il) ? (int64_t) plan.n_head_kv()*(shared ? n_ctx : plan.n_ctx_seq*cparams.n_seq_max) : 0;
+        }
+        if (slots >= slots_dense) {
+            return format("with %u tokens for %u sequences the windows alone are as large", n_ctx, cparams.n_seq_max);
+        }
+    }
+    return "";
+}
+
+void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams) {
+    if (model.tca && stock_cache_because(model, cparams).empty()) {
+        cparams.n_rs_seq = std::max(cparams.n_rs_seq, model.tca->budgets.rollback);
+    }
+}
+
+// The stock cache sizes its sliding-window part for the window and one micro-batch. Told of a longer micro-batch it also holds
+// the window before any tail that the ragged cache can take back (two groups at most), so that both reach as far.
+// A full-size sliding-window cache (swa_full, llama.cpp's default) would serve longer tails only, and the ragged cache refuses those.
+static llama_tca_rest sliding_rest(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const tca_budgets_data & b = model.tca->budgets;
+    const uint32_t longest_tail = std::min<uint64_t>((uint64_t) cparams.n_ubatch + 2*b.group_size, cparams.n_ctx_seq);
+    auto memory = std::make_unique<llama_kv_cache_iswa>(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv,
+            /* swa_full */ false, /* unified */ false, cparams.n_ctx_seq, cparams.n_seq_max, longest_tail, 1, nullptr,
+            [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr);
+    llama_tca_rest rest;
+    rest.sliding = memory->get_swa();
+    rest.n_swa   = model.hparams.n_swa;
+    const uint64_t n_streams = cparams.kv_unified ? 1 : cparams.n_seq_max;
+    rest.n_cells_stock = n_streams*GGML_PAD(std::min<uint64_t>(cparams.n_ctx_seq,
+            (uint64_t) rest.n_swa*(cparams.kv_unified ? cparams.n_seq_max : 1) + cparams.n_ubatch), 256);
+    rest.memory  = std::move(memory);
+    return rest;
 }
 
 // The one line that says which cache is in use. A warning, because llama.cpp's programs show no other level by default, and a
 // user who does not see it cannot tell the two caches apart.
-static void say_on(const llama_memory_i & memory, const llama_memory_params & params) {
-    const llama_kv_cache_tca & tca   = *llama_tca_cache_of(&memory);
-    const tca_plan           & plan  = tca.get_plan();
-    const llama_tca_bytes      bytes = llama_tca_count_bytes(memory);
+static void say_on(const llama_memory_tca & memory, const llama_cparams & cparams, const llama_memory_params & params) {
+    const llama_tca_store & store = memory.get_store();
+    const tca_plan        & plan  = store.full_plan();
+    const llama_tca_bytes   bytes = llama_tca_count_bytes(memory);
 
     uint32_t n_stored = 0;
     for (uint32_t il = 0; il < plan.n_layer(); ++il) {
-        n_stored += tca.get_layer(il).k != nullptr;
+        n_stored += store.get_layer(il).k != nullptr;
     }
-    const std::string slots = tca.n_stream() > 1 ? format("%u sequences of %u tokens each", tca.n_stream(), plan.n_ctx_seq) :
-        format("%u tokens", plan.n_ctx_seq);
+    const std::string slots = store.n_stream() == 1 ? format("%u tokens", plan.n_ctx_seq) : cparams.kv_unified ?
+        format("%u tokens that %u sequences share", plan.n_ctx_seq, store.n_stream()) :
+        format("%u sequences of %u tokens each", store.n_stream(), plan.n_ctx_seq);
     LLAMA_LOG_WARN("tca: ragged KV cache on: %.2f MiB instead of %.2f MiB dense (%.1f%%) for %s; K %s, V %s; %u of %u layers have "
             "budgets; metric %s, window %u, sinks %u\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
             100.0*bytes.allocated/bytes.stock, slots.c_str(), ggml_type_name(params.type_k), ggml_type_name(params.type_v),
@@ -202,20 +246,18 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     if (!model.tca || want_stock) {
         return nullptr;
     }
-    if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        throw std::runtime_error("tca: only default contexts can use the ragged cache; load with --override-kv tca.enabled=bool:false");
+    const std::string reason = stock_cache_because(model, cparams);
+    if (!reason.empty()) {
+        LLAMA_LOG_WARN("tca: this context uses the stock KV cache: %s\n", reason.c_str());
+        return nullptr;
     }
-    if (!cparams.causal_attn) {
-        throw std::runtime_error("tca: non-causal attention cannot use the ragged cache; load with --override-kv tca.enabled=bool:false");
-    }
-    std::unique_ptr<llama_memory_i> memory;
+    llama_tca_rest rest;
     if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        memory = std::make_unique<llama_kv_cache_tca_iswa>(model, cparams, params);
-    } else {
-        memory = std::make_unique<llama_kv_cache_tca>(model, cparams, params.type_k, params.type_v);
+        rest = sliding_rest(model, params, cparams);
     }
+    auto memory = std::make_unique<llama_memory_tca>(model, cparams, params.type_k, params.type_v, std::move(rest), params.swa_full);
     if (!model.hparams.no_alloc) {
-        say_on(*memory, params);
+        say_on(*memory, cparams, params);
     }
     return memory.release();
 }

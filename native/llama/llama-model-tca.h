@@ -8,9 +8,11 @@
 struct llama_cparams;
 struct llama_hparams;
 struct llama_memory_i;
+struct llama_memory_context_i;
 struct llama_memory_params;
 struct llama_model;
 struct llama_model_loader;
+class  llm_graph_result;
 
 struct llama_tca_model {
     tca_budgets_data budgets;
@@ -40,14 +42,18 @@ llama_tca_shape llama_tca_shape_of(const llama_model & model);
 // Empty if the budgets have the model's shape and leave to llama.cpp just those layers that it keeps; else one line that names the key.
 std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budgets);
 
-// Every sequence has a stream of its own in the ragged cache: turns kv_unified off before the context sizes are derived.
+// Tells callers how many of the newest tokens can always be taken back (llama_n_rs_seq), so that llama-server keeps checkpoints.
 void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams);
 
 // The stock memory of the model, whatever budgets it carries, f16.
 std::unique_ptr<llama_memory_i> llama_tca_stock_memory(const llama_model & model, const llama_cparams & cparams);
 
-// nullptr: use the stock memory. Throws std::runtime_error if the setting cannot work.
+// nullptr: use the stock memory, also for contexts that the ragged cache does not serve, with a line in the log. Throws
+// std::runtime_error if the setting cannot work.
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
+
+// What the stock parts of a graph see of a memory's context: the context of the rest, if ours has one. Ours goes to `res`.
+const llama_memory_context_i * llama_tca_unwrap(const llama_memory_context_i * mctx, llm_graph_result * res);
 
 // Graph nodes that the segments of a micro-batch of n_tokens add.
 uint32_t llama_tca_graph_nodes(const llama_model & model, uint32_t n_tokens);

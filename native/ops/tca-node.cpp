@@ -63,6 +63,7 @@ void tca_desc::write(int32_t * fields) const {
     fields[TCA_DESC_GROUP]  = group;
     fields[TCA_DESC_CONFIG] = config;
     fields[TCA_DESC_USED]   = past + count;
+    fields[TCA_DESC_STASH]  = stash;
 }
 
 const int32_t * tca_desc_of(const ggml_tensor * desc, int row, int64_t seq, int64_t head) {

@@ -33,6 +33,7 @@ enum tca_desc_field {
     TCA_DESC_GROUP,   // slot in the region where the group to compact after the segment starts; -1: none
     TCA_DESC_CONFIG,  // row of tca_tables::configs; TCA_HEAD_DENSE: the head keeps everything
     TCA_DESC_USED,    // slots in use after the segment's tokens (PAST + COUNT)
+    TCA_DESC_STASH,   // slot in the region where the rows that the compaction drops are set aside, in their order; -1: nowhere
     TCA_DESC_SIZE,
 };
 
@@ -45,6 +46,7 @@ struct tca_desc {
     int32_t pos    = 0;
     int64_t group  = -1;
     int32_t config = TCA_HEAD_DENSE;
+    int64_t stash  = -1;
 
     void write(int32_t * fields) const;  // [TCA_DESC_SIZE]
 };
@@ -120,7 +122,7 @@ inline int tca_attn_n_chunks(int64_t n_slots) {
     return (int) (n > 128 ? n : n_short < 128 ? n_short : 128);
 }
 
-constexpr uint32_t TCA_MAGIC = 0x32414354;  // "TCA2"; another one for each change of what a node means
+constexpr uint32_t TCA_MAGIC = 0x33414354;  // "TCA3"; another one for each change of what a node means
 
 // All of a node's op_params. The first 24 bytes are where ggml keeps { function, n_tasks, userdata } of a GGML_OP_CUSTOM node.
 struct tca_op_params {
@@ -194,7 +196,8 @@ struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml
         struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, int n_chunks,
         struct ggml_tensor * dst);
 
-// Selects the tokens of the group at GROUP that stay, moves them and everything behind the group down. In place.
+// Selects the tokens of the group at GROUP that stay, moves them and everything behind the group down, and sets the others aside
+// at STASH. In place.
 // q, scale, softcap: as the segment's attention has them; q becomes a source only for metrics with TCA_NEEDS_QUERIES, for others
 // it may be NULL.   Result: view of k.
 struct ggml_tensor * tca_build_compact(struct ggml_context * ctx, struct ggml_tensor * k, struct ggml_tensor * v,

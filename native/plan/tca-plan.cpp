@@ -20,12 +20,33 @@ int64_t tca_plan_capacity_for(const tca_budgets & b, int32_t kept, uint32_t n_ct
     int64_t       capacity  = (int64_t) n_ctx - n_last*freed;
     if (n_last > 0) {
         const int64_t t = (int64_t) b.sinks + b.window + n_last*b.group_size;
-        capacity = std::max(capacity, t - (n_last - 1)*freed);
+        capacity = std::max(capacity, t - (n_last - 1)*freed) + (freed > 0 ? b.rollback : 0);
     }
     return capacity;
 }
 
-tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) : budgets(std::move(data)), n_ctx_seq(n_ctx_seq) {
+int64_t tca_plan_shared_capacity_for(const tca_budgets & b, int32_t kept, uint32_t n_ctx, uint32_t n_seqs) {
+    // The length right before a compaction, the longest for its number of tokens t, is t with r = kept/G of what lies behind the
+    // first sinks + window + G tokens: a line in t, so that a sum over sequences depends on the sum of their tokens alone.
+    const int64_t freed = (int64_t) b.group_size - kept;
+    const int64_t first = (int64_t) b.sinks + b.window + b.group_size;
+    const int64_t n_may = std::min<int64_t>(n_seqs, n_ctx/first);  // sequences that can be long enough to compact a group
+    const int64_t dense = (int64_t) n_ctx;
+    const int64_t lines = (n_seqs*first*freed + (int64_t) kept*n_ctx)/b.group_size + 1;
+    return std::min(dense, lines) + (freed > 0 ? n_may*b.rollback : 0);
+}
+
+tca_plan::tca_plan(tca_budgets_data data, uint32_t n_ctx_seq) :
+        shared_budgets(std::make_shared<const tca_budgets_data>(std::move(data))), budgets(*shared_budgets), n_ctx_seq(n_ctx_seq) {
+    lay_out();
+}
+
+tca_plan::tca_plan(const tca_plan & other, uint32_t n_ctx_seq) :
+        shared_budgets(other.shared_budgets), budgets(*shared_budgets), n_ctx_seq(n_ctx_seq) {
+    lay_out();
+}
+
+void tca_plan::lay_out() {
     const tca_budgets b = budgets.view();
     const size_t n = (size_t) b.n_layer*b.n_head_kv;
 
@@ -59,6 +80,19 @@ int64_t tca_plan::length(uint32_t layer, uint32_t head, const tca_seq_state & s)
     return (int64_t) s.n_tokens - (int64_t) s.n_groups*((int64_t) budgets.group_size - kept(layer, head));
 }
 
+int64_t tca_plan::stash_ends(uint32_t n_groups) const {
+    int64_t n_tokens = n_ctx_seq;
+    for (uint32_t il = 0; il < n_layer(); ++il) {
+        for (uint32_t h = 0; h < n_head_kv() && layer_compacts(il); ++h) {
+            const int64_t freed = (int64_t) budgets.group_size - kept(il, h);
+            if (freed > 0) {
+                n_tokens = std::min(n_tokens, stash(il, h) + n_groups*freed);
+            }
+        }
+    }
+    return n_tokens;
+}
+
 int64_t tca_plan::next_group_slot(uint32_t layer, uint32_t head, const tca_seq_state & s) const {
     return (int64_t) budgets.sinks + (int64_t) s.n_groups*kept(layer, head);
 }
@@ -90,16 +124,17 @@ std::vector<tca_segment> tca_plan::advance(tca_seq_state & s, uint32_t n_tokens)
     return res;
 }
 
-void tca_plan::describe(uint32_t layer, uint32_t stream, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const {
+void tca_plan::describe(uint32_t layer, int64_t first_slot, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const {
     for (uint32_t h = 0; h < n_head_kv(); ++h) {
         tca_desc d;
-        d.offset = stream*slots(layer) + offset(layer, h);
+        d.offset = first_slot + offset(layer, h);
         d.past   = length(layer, h, segment.before);
         d.token  = token;
         d.count  = segment.n_tokens;
         d.pos    = pos;
         d.group  = segment.compacts ? next_group_slot(layer, h, segment.before) : -1;
         d.config = config(layer, h);
+        d.stash  = segment.compacts ? stash(layer, h) : -1;
         d.write(fields + h*TCA_DESC_SIZE);
     }
 }

@@ -4,11 +4,16 @@
 // [sinks + g*G, sinks + (g+1)*G) and is compacted as soon as T reaches sinks + window + (g+1)*G. What a query sees depends
 // therefore on its index alone, never on how the tokens were cut into micro-batches. A head that keeps m of the G tokens of
 // a group has T - n_c*(G - m) slots in use; a dense head has m = G.
+//
+// The G - m rows that a compaction drops are not lost at once: they are set aside in the last G - m slots of the region, its
+// stash, and stay there until the region has grown into them. A region has `rollback` slots more than it ever uses, so at the
+// least that many tokens can be taken back over a compaction, and more as long as the context is not full.
 #pragma once
 
 #include "budgets/tca-budgets.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 // Counters of one sequence.
@@ -27,9 +32,11 @@ struct tca_segment {
 class tca_plan {
 public:
     tca_plan(tca_budgets_data budgets, uint32_t n_ctx_seq);
+    tca_plan(const tca_plan & other, uint32_t n_ctx_seq);  // the same budgets with room for other sequences
 
-    const tca_budgets_data budgets;
-    const uint32_t         n_ctx_seq;
+    const std::shared_ptr<const tca_budgets_data> shared_budgets;
+    const tca_budgets_data &                      budgets;
+    const uint32_t                                n_ctx_seq;
 
     uint32_t n_layer()   const { return budgets.n_layer;   }
     uint32_t n_head_kv() const { return budgets.n_head_kv; }
@@ -43,6 +50,12 @@ public:
 
     // Slots in use.
     int64_t length(uint32_t layer, uint32_t head, const tca_seq_state & state) const;
+
+    // First slot, in the region, of the stash: the last G - kept slots. Capacity if the head drops nothing.
+    int64_t stash(uint32_t layer, uint32_t head) const { return capacity(layer, head) - ((int64_t) budgets.group_size - kept(layer, head)); }
+
+    // Whether the stash of the last compaction is whole in every region: none has grown into it since.
+    bool stash_holds(const tca_seq_state & state) const { return state.n_groups > 0 && state.n_tokens <= stash_ends(state.n_groups); }
 
     // Tokens kept of a group.
     int32_t kept(uint32_t layer, uint32_t head) const { return kept_counts[index(layer, head)]; }
@@ -72,12 +85,17 @@ public:
     // Most segments that n_tokens tokens of one sequence can be cut into.
     uint32_t max_segments(uint32_t n_tokens) const;
 
-    // Writes what a segment of the sequence in `stream` does to the regions of a layer: a row of the descriptor for one sequence,
-    // fields [n_head_kv, TCA_DESC_SIZE]. token, pos: the segment's first token in the micro-batch, and its position.
-    void describe(uint32_t layer, uint32_t stream, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const;
+    // Writes what a segment of a sequence does to the regions of a layer: a row of the descriptor for one sequence, fields
+    // [n_head_kv, TCA_DESC_SIZE]. first_slot: of the sequence's part of the layer's store. token, pos: the segment's first token in the micro-batch, and its position.
+    void describe(uint32_t layer, int64_t first_slot, const tca_segment & segment, int32_t token, int32_t pos, int32_t * fields) const;
 
 private:
     size_t index(uint32_t layer, uint32_t head) const { return (size_t) layer*budgets.n_head_kv + head; }
+
+    void lay_out();
+
+    // Tokens that a sequence with n_groups groups may have for stash_holds().
+    int64_t stash_ends(uint32_t n_groups) const;
 
     bool                 selects = false;  // some head is not dense
     std::vector<bool>    layer_selects;
@@ -91,5 +109,9 @@ private:
 // Groups compacted after n_tokens tokens.
 uint32_t tca_plan_groups_at(const tca_budgets & budgets, uint32_t n_tokens);
 
-// Largest region length over all sequences of up to n_ctx tokens, for a head that keeps `kept` tokens of a group.
+// Slots of a region for any sequence of up to n_ctx tokens, of a head that keeps `kept` tokens of a group: its largest length,
+// and the rollback where a group can be compacted. Rises with n_ctx.
 int64_t tca_plan_capacity_for(const tca_budgets & budgets, int32_t kept, uint32_t n_ctx);
+
+// An upper bound of the sum of tca_plan_capacity_for() over n_seqs sequences of n_ctx tokens in all, however they share them.
+int64_t tca_plan_shared_capacity_for(const tca_budgets & budgets, int32_t kept, uint32_t n_ctx, uint32_t n_seqs);

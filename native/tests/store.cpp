@@ -73,6 +73,9 @@ void test_store::expect_append(region_t & r, const float * k_row, const float * 
     ggml_get_type_traits_cpu(shape.type_k)->from_float(k_row, r.k.data() + r.k.size() - row_k, shape.dk);
     ggml_get_type_traits_cpu(shape.type_v)->from_float(v_row, r.v.data() + r.v.size() - row_v, shape.dv);
     r.pos.push_back(position);
+    if ((int64_t) r.pos.size() > r.stash_at) {
+        r.stash_at = -1;  // grown into, and lost for good
+    }
 }
 
 void test_store::append(region_t & r, const float * k_row, const float * v_row, int32_t position) {
@@ -102,6 +105,15 @@ void test_store::cut(region_t & r, int64_t n) {
     r.pos.resize(n);
 }
 
+// The last slots of the region, over rows that move if it is full; every third region goes without.
+int64_t test_store::stash_slot(const region_t & r, const tca_select_params & p, int32_t config) const {
+    int64_t dropped = p.group_size;
+    for (int j = 0; j < p.n_keep; ++j) {
+        dropped -= p.keep_counts[j]*p.configs[config*p.n_keep + j];
+    }
+    return r.offset % 3 == 0 ? -1 : r.capacity - dropped;
+}
+
 void test_store::expect_compact(region_t & r, int head, const test_segment & seg, const micro_batch & mb, const tca_select_params & p) {
     const int64_t group = seg.group[head];
     const std::vector<float> keys   = to_f32(shape.type_k, r.k.data() + group*row_k, (int64_t) p.group_size*shape.dk);
@@ -119,14 +131,18 @@ void test_store::expect_compact(region_t & r, int head, const test_segment & seg
             p.configs + (size_t) seg.config[head]*p.n_keep, kept.data(), scores.data());
     region_t res = r;
     cut(res, group);
+    res.stash_at = stash_slot(r, p, seg.config[head]);
+    res.stash_k.clear();
+    res.stash_v.clear();
+    res.stash_pos.clear();
     for (int64_t i = 0; i < (int64_t) r.pos.size() - group; ++i) {
-        if (i < p.group_size && !std::binary_search(kept.begin(), kept.begin() + n, (int32_t) i)) {
-            continue;
-        }
-        const int64_t at = group + i;
-        res.k.insert(res.k.end(), r.k.begin() + at*row_k, r.k.begin() + (at + 1)*row_k);
-        res.v.insert(res.v.end(), r.v.begin() + at*row_v, r.v.begin() + (at + 1)*row_v);
-        res.pos.push_back(r.pos[at]);
+        const bool    dropped = i < p.group_size && !std::binary_search(kept.begin(), kept.begin() + n, (int32_t) i);
+        const int64_t at      = group + i;
+        auto & to_k = dropped ? res.stash_k : res.k;
+        auto & to_v = dropped ? res.stash_v : res.v;
+        to_k.insert(to_k.end(), r.k.begin() + at*row_k, r.k.begin() + (at + 1)*row_k);
+        to_v.insert(to_v.end(), r.v.begin() + at*row_v, r.v.begin() + (at + 1)*row_v);
+        (dropped ? res.stash_pos : res.pos).push_back(r.pos[at]);
     }
     r = res;
 }
@@ -142,6 +158,12 @@ void test_store::check_memory() const {
                         (long long) i, pos[slot], r.pos[i]);
                 CHECK(memcmp(&k[slot*row_k], &r.k[i*row_k], row_k) == 0, "%s: stream %zu head %zu slot %lld: key", shape.name().c_str(), s, h, (long long) i);
                 CHECK(memcmp(&v[slot*row_v], &r.v[i*row_v], row_v) == 0, "%s: stream %zu head %zu slot %lld: value", shape.name().c_str(), s, h, (long long) i);
+            }
+            for (int64_t i = 0; r.stash_at >= 0 && i < (int64_t) r.stash_pos.size(); ++i) {
+                const int64_t slot = r.offset + r.stash_at + i;
+                CHECK(pos[slot] == r.stash_pos[i] && memcmp(&k[slot*row_k], &r.stash_k[i*row_k], row_k) == 0 &&
+                        memcmp(&v[slot*row_v], &r.stash_v[i*row_v], row_v) == 0, "%s: stream %zu head %zu: row %lld of the stash", shape.name().c_str(),
+                        s, h, (long long) i);
             }
             std::fill(inside.begin() + r.offset, inside.begin() + r.offset + r.capacity, true);
         }
@@ -264,6 +286,7 @@ step_result test_store::run(const micro_batch & mb, const step_options & o) {
                 x.pos    = seg.pos;
                 x.group  = compacts ? seg.group[h] : -1;
                 x.config = seg.config.empty() ? TCA_HEAD_DENSE : seg.config[h];
+                x.stash  = compacts && x.config >= 0 ? stash_slot(r, *o.select, x.config) : -1;
                 x.write(d);
 
                 for (int t = seg.token; t < seg.token + seg.count; ++t) {

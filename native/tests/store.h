@@ -28,6 +28,11 @@ struct region_t {
     int64_t offset = 0, capacity = 0;
     std::vector<uint8_t> k, v;    // expected rows
     std::vector<int32_t> pos;     // expected positions; its size is the length of the region
+
+    // what the last compaction dropped, from slot stash_at on, until the region grows into it; -1: nothing was set aside
+    int64_t stash_at = -1;
+    std::vector<uint8_t> stash_k, stash_v;
+    std::vector<int32_t> stash_pos;
 };
 
 // A run of tokens of one stream, as the runtime's segments.
@@ -91,6 +96,7 @@ private:
     std::vector<int32_t> pos0;
 
     void cut(region_t & r, int64_t n);
+    int64_t stash_slot(const region_t & r, const tca_select_params & p, int32_t config) const;
     void expect_append(region_t & r, const float * k_row, const float * v_row, int32_t position);
     void expect_compact(region_t & r, int head, const test_segment & seg, const micro_batch & mb, const tca_select_params & p);
 };

@@ -274,7 +274,7 @@ TEST(hostile_metadata) {
 TEST(hostile_budgets_through_the_c_api) {
     const int32_t keep_counts[] = { 1, 8 }, configs[] = { 4, 0 }, head_config[] = { 0 };
     const float probe[] = { 0.5f, -1.0f }, broken[] = { 1.0f, NAN };
-    const tca_budgets good = { 1, 8, 32, 16, 4, "key-diff", 2, keep_counts, 1, configs, 1, 1, head_config, 0, nullptr };
+    const tca_budgets good = { 1, 8, 32, 16, 4, 5, "key-diff", 2, keep_counts, 1, configs, 1, 1, head_config, 0, nullptr };
     CHECK(tca_budgets_check(&good) == TCA_OK, "%s", tca_last_error());
     for (int i = 0; tca_metric_name(i) != nullptr; ++i) {
         tca_budgets b = good;
@@ -288,6 +288,8 @@ TEST(hostile_budgets_through_the_c_api) {
     }
     const std::vector<std::pair<const char *, std::function<void(tca_budgets &)>>> changes = {
         { "tca.metric",      [](tca_budgets & b) { b.metric      = nullptr;   } },
+        { "tca.rollback",    [](tca_budgets & b) { b.rollback    = 33;        } },
+        { "tca.rollback",    [](tca_budgets & b) { b.rollback    = UINT_MAX;  } },
         { "tca.keep_counts", [](tca_budgets & b) { b.keep_counts = nullptr;   } },
         { "tca.keep_counts", [](tca_budgets & b) { b.n_keep      = 0;         } },
         { "tca.keep_counts", [](tca_budgets & b) { b.n_keep      = UINT_MAX;  } },
@@ -311,15 +313,15 @@ TEST(hostile_budgets_through_the_c_api) {
 
 // Every field by name: one that is added to either struct does not compile here until the copy has it, too.
 static auto fields(const tca_budgets_data & data) {
-    const auto & [version, block_size, group_size, window, sinks, metric, keep_counts, configs, head_config, n_layer, n_head_kv,
-            n_probe, probe] = data;
-    return std::tie(version, block_size, group_size, window, sinks, metric, keep_counts, configs, head_config, n_layer, n_head_kv,
-            n_probe, probe);
+    const auto & [version, block_size, group_size, window, sinks, rollback, metric, keep_counts, configs, head_config, n_layer,
+            n_head_kv, n_probe, probe] = data;
+    return std::tie(version, block_size, group_size, window, sinks, rollback, metric, keep_counts, configs, head_config, n_layer,
+            n_head_kv, n_probe, probe);
 }
 
 TEST(a_copy_of_a_view_is_what_was_viewed) {
     tca_budgets_data b;
-    b.version = TCA_FORMAT_VERSION, b.block_size = 8, b.group_size = 32, b.window = 17, b.sinks = 5;
+    b.version = TCA_FORMAT_VERSION, b.block_size = 8, b.group_size = 32, b.window = 17, b.sinks = 5, b.rollback = 9;
     b.metric      = "key-probe";
     b.keep_counts = { 0, 3, 8 };
     b.configs     = { 1, 2, 1, 4, 0, 0 };
@@ -338,9 +340,9 @@ TEST(a_copy_of_a_view_is_what_was_viewed) {
     CHECK(fields(copy) == fields(b), "a field is lost or mixed up");
     // and the view has every field of the struct that crosses the API
     const tca_budgets view = copy.view();
-    const auto & [version, block_size, group_size, window, sinks, metric, n_keep, keep_counts, n_configs, configs, n_layer, n_head_kv,
+    const auto & [version, block_size, group_size, window, sinks, rollback, metric, n_keep, keep_counts, n_configs, configs, n_layer, n_head_kv,
             head_config, n_probe, probe] = view;
-    CHECK(version == b.version && block_size == 8 && group_size == 32 && window == 17 && sinks == 5 && metric == copy.metric, "scalars");
+    CHECK(version == b.version && block_size == 8 && group_size == 32 && window == 17 && sinks == 5 && rollback == 9 && metric == copy.metric, "scalars");
     CHECK(n_keep == 3 && n_configs == 2 && n_layer == 2 && n_head_kv == 3 && n_probe == 4, "sizes");
     CHECK(keep_counts == copy.keep_counts.data() && configs == copy.configs.data() && head_config == copy.head_config.data() &&
             probe == copy.probe.data(), "arrays");

@@ -78,6 +78,14 @@ struct op_data {
     std::vector<float>   freqs, probe;
     tca_select_params    select = {};
 
+    int kept_of(int32_t config) const {
+        int n = 0;
+        for (size_t j = 0; j < keep_counts.size(); ++j) {
+            n += keep_counts[j]*configs[config*keep_counts.size() + j];
+        }
+        return n;
+    }
+
     op_data(const op_case & c, uint64_t seed) {
         random_t rng(seed);
         const int n_regions = c.n_seqs*c.n_head_kv, total = c.n_seqs*c.n_tokens;
@@ -150,6 +158,9 @@ struct op_data {
                 d.pos    = 100000 + s;
                 d.group  = c.compact && past + c.n_tokens >= c.group ? rng.below(past + c.n_tokens - c.group + 1) : -1;
                 d.config = rng.below(6) == 0 ? TCA_HEAD_DENSE : rng.below(4);
+                if (d.group >= 0 && d.config >= 0 && rng.below(4) > 0) {
+                    d.stash = past + c.n_tokens - c.group + kept_of(d.config);  // the end of the region, where rows were that moved
+                }
                 d.write(&desc[(size_t) i*TCA_DESC_SIZE]);
 
                 // needles: rows of the query that look for one slot, on both sides of every boundary
@@ -260,11 +271,8 @@ static double compare(const op_case & c, uint64_t seed) {
     for (size_t i = 0; i < data.desc.size(); i += TCA_DESC_SIZE) {
         const int32_t * d = &data.desc[i];
         int64_t used = d[TCA_DESC_USED];
-        if (d[TCA_DESC_GROUP] >= 0 && d[TCA_DESC_CONFIG] >= 0) {
-            used -= c.group;
-            for (size_t j = 0; j < data.keep_counts.size(); ++j) {
-                used += data.keep_counts[j]*data.configs[d[TCA_DESC_CONFIG]*data.keep_counts.size() + j];
-            }
+        if (d[TCA_DESC_GROUP] >= 0 && d[TCA_DESC_CONFIG] >= 0 && d[TCA_DESC_STASH] < 0) {
+            used -= c.group - data.kept_of(d[TCA_DESC_CONFIG]);
         }
         for (int64_t s = d[TCA_DESC_OFFSET]; s < d[TCA_DESC_OFFSET] + used; ++s) {
             n_bad_pos += want.pos[s] != got.pos[s];

@@ -170,7 +170,7 @@ TEST(the_plan_describes_its_segments) {
                 for (uint32_t il = 0; il < 2; ++il) {
                     int32_t rows[3*TCA_DESC_SIZE + 1];
                     rows[3*TCA_DESC_SIZE] = -77;
-                    plan.describe(il, stream, seg, token, pos0 + seg.before.n_tokens, rows);
+                    plan.describe(il, stream*plan.slots(il), seg, token, pos0 + seg.before.n_tokens, rows);
                     CHECK(rows[3*TCA_DESC_SIZE] == -77, "wrote behind the row");
                     for (uint32_t h = 0; h < 3; ++h) {
                         const int32_t * d = rows + h*TCA_DESC_SIZE;
@@ -183,6 +183,7 @@ TEST(the_plan_describes_its_segments) {
                         CHECK(d[TCA_DESC_GROUP] == (seg.compacts ? (int32_t) (b.sinks + groups*keeps) : -1), "group");
                         CHECK(d[TCA_DESC_CONFIG] == (keeps == 16 ? (int32_t) TCA_HEAD_DENSE : config), "a row that keeps everything is dense");
                         CHECK(d[TCA_DESC_CONFIG] == plan.config(il, h), "config");
+                        CHECK(d[TCA_DESC_STASH] == (seg.compacts ? (int32_t) (plan.capacity(il, h) - (16 - keeps)) : -1), "stash");
                         counts[il][h].slots += (int64_t) seg.n_tokens - (seg.compacts ? 16 - keeps : 0);
                     }
                 }
@@ -194,7 +195,7 @@ TEST(the_plan_describes_its_segments) {
     // a sequence without a segment in this step
     int32_t d[TCA_DESC_SIZE];
     tca_desc().write(d);
-    CHECK(d[TCA_DESC_COUNT] == 0 && d[TCA_DESC_USED] == 0 && d[TCA_DESC_GROUP] == -1 && d[TCA_DESC_CONFIG] == TCA_HEAD_DENSE, "nothing to do");
+    CHECK(d[TCA_DESC_COUNT] == 0 && d[TCA_DESC_USED] == 0 && d[TCA_DESC_GROUP] == -1 && d[TCA_DESC_CONFIG] == TCA_HEAD_DENSE && d[TCA_DESC_STASH] == -1, "nothing to do");
 }
 
 TEST(one_split_rule) {

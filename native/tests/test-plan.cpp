@@ -13,6 +13,7 @@ static tca_budgets_data make_budgets(random_t & rng, bool dense = false) {
     b.group_size = b.block_size*rng.range(1, 6);
     b.window     = rng.range(1, 40);
     b.sinks      = rng.below(10);
+    b.rollback   = rng.below(3) == 0 ? 0 : rng.below(b.group_size + 1);
     b.metric     = "key-diff";
     b.n_layer    = rng.range(1, 3);
     b.n_head_kv  = rng.range(1, 3);
@@ -158,9 +159,11 @@ TEST(lengths_token_by_token) {
             }
         }
         for (size_t i = 0; i < longest.size(); ++i) {
-            CHECK(plan.capacity(i/b.n_head_kv, i%b.n_head_kv) == longest[i], "seed %d region %zu: capacity %lld, longest %lld", seed, i,
+            const bool    drops = sim.stored(i) && sim.kept(i) < b.group_size && tca_plan_groups_at(b, n_ctx) > 0;
+            const int64_t want  = longest[i] + (drops ? b.rollback : 0);
+            CHECK(plan.capacity(i/b.n_head_kv, i%b.n_head_kv) == want, "seed %d region %zu: capacity %lld, longest %lld", seed, i,
                     (long long) plan.capacity(i/b.n_head_kv, i%b.n_head_kv), (long long) longest[i]);
-            CHECK(tca_plan_capacity(&b, i/b.n_head_kv, i%b.n_head_kv, n_ctx) == longest[i], "C API capacity");
+            CHECK(tca_plan_capacity(&b, i/b.n_head_kv, i%b.n_head_kv, n_ctx) == want, "C API capacity");
         }
         compactions += sim.compactions;
     }
@@ -229,6 +232,75 @@ TEST(rollbacks_leave_what_a_fresh_run_leaves) {
         CHECK(same(state, sim.state), "seed %d", seed);
     }
     CHECK(n_rollbacks > 5000 && to_the_edge > 100, "%lld rollbacks, %lld to the edge", (long long) n_rollbacks, (long long) to_the_edge);
+}
+
+// The rows that a compaction drops wait at the end of their region: nothing that the sequence needs may lie there while
+// stash_holds() says so, and it has to say so for `rollback` tokens at least, wherever in the context the compaction was.
+TEST(what_was_dropped_stays_as_long_as_it_is_promised) {
+    int64_t n_held = 0, n_gone = 0;
+    for (int seed = 0; seed < 300; ++seed) {
+        random_t rng(5000 + seed);
+        const uint32_t n_ctx = rng.range(50, 400);
+        const tca_plan plan(make_budgets(rng), n_ctx);
+        tca_seq_state state;
+        CHECK(!plan.stash_holds(state), "nothing was dropped");
+        while (state.n_tokens < n_ctx) {
+            plan.advance(state, 1);
+            if (state.n_groups == 0) {
+                continue;
+            }
+            bool whole = true;
+            for (uint32_t il = 0; il < plan.n_layer(); ++il) {
+                for (uint32_t h = 0; h < plan.n_head_kv(); ++h) {
+                    const int64_t n = plan.budgets.group_size - plan.kept(il, h);
+                    if (plan.config(il, h) < 0) {
+                        continue;
+                    }
+                    CHECK(plan.stash(il, h) + n == plan.capacity(il, h) && plan.stash(il, h) >= 0, "the end of the region");
+                    whole = whole && plan.length(il, h, state) <= plan.stash(il, h);
+                }
+            }
+            CHECK(plan.stash_holds(state) == whole, "seed %d T %u", seed, state.n_tokens);
+            const uint32_t since = state.n_tokens - plan.n_fixed(state);
+            CHECK(whole || since > plan.budgets.rollback, "seed %d: gone after %u of %u tokens", seed, since, plan.budgets.rollback);
+            (whole ? n_held : n_gone) += 1;
+        }
+    }
+    CHECK(n_held > 10000 && n_gone > 500, "%lld held, %lld gone", (long long) n_held, (long long) n_gone);
+}
+
+// Sequences that share a context of n_ctx tokens must fit side by side however they share it.
+TEST(shared_rooms_fit) {
+    double tightest = 0.0;
+    for (int seed = 0; seed < 400; ++seed) {
+        random_t rng(6000 + seed);
+        const uint32_t n_ctx = rng.range(1, 2000), n_seqs = rng.range(1, 6);
+        const tca_budgets_data data = make_budgets(rng);
+        const tca_budgets b = data.view();
+        for (int round = 0; round < 40; ++round) {
+            std::vector<uint32_t> n_tokens(n_seqs, 0);
+            uint32_t left = n_ctx;
+            for (uint32_t & n : n_tokens) {
+                n = round % 2 ? n_ctx/n_seqs : rng.below(left + 1);  // equal shares take the most slots
+                left -= n;
+            }
+            for (uint32_t i = 0; i < b.n_layer*b.n_head_kv; ++i) {
+                if (b.head_config[i] == TCA_HEAD_SLIDING) {
+                    continue;
+                }
+                const int32_t kept = tca_config_kept(b, b.head_config[i]);
+                int64_t sum = 0;
+                for (uint32_t n : n_tokens) {
+                    sum += tca_plan_capacity_for(b, kept, n);
+                }
+                const int64_t room = tca_plan_shared_capacity_for(b, kept, n_ctx, n_seqs);
+                CHECK(sum <= room, "seed %d: %lld slots, room for %lld", seed, (long long) sum, (long long) room);
+                CHECK(tca_plan_capacity_for(b, kept, n_ctx) <= room, "one sequence with all of it");
+                tightest = std::max(tightest, (double) sum/room);
+            }
+        }
+    }
+    CHECK(tightest > 0.99, "the bound is loose: %g", tightest);
 }
 
 // A saved state comes from outside: its counters must be ones that tokens can lead to, or a region would overflow.
@@ -338,7 +410,7 @@ TEST(no_overflow_at_the_largest_sizes) {
                     const tca_plan plan(b, n_ctx);
                     for (uint32_t h = 0; h < 5; ++h) {
                         const int64_t kept = plan.kept(0, h);
-                        CHECK(plan.capacity(0, h) > 0 && plan.capacity(0, h) <= (int64_t) n_ctx, "capacity %lld", (long long) plan.capacity(0, h));
+                        CHECK(plan.capacity(0, h) > 0 && plan.capacity(0, h) <= (int64_t) n_ctx + plan.budgets.rollback, "capacity %lld", (long long) plan.capacity(0, h));
                         const uint64_t steps[] = { 1, 2, group, 1ull << 20, 1ull << 24, n_ctx/2, n_ctx - 1, n_ctx };
                         for (uint64_t t : steps) {
                             if (t > n_ctx) {

@@ -28,7 +28,7 @@ def streaming_budgets(matched: Budgets, n_ctx: int, n_text: int | None = None) -
     is as shortly before it as groups allow. Raises TcaError if the slots are too few.
     """
     stored = matched.stored_layers()
-    slots = native.plan_capacity(matched, stored[0], 0, n_ctx)
+    slots = native.plan_capacity(dataclasses.replace(matched, rollback=0), stored[0], 0, n_ctx)  # that hold tokens
     if slots >= n_ctx:
         return matched  # it drops nothing, so there is nothing to do better
     group = group_size(slots, n_text)

@@ -86,7 +86,7 @@ class Context:
 
     def __init__(self, source: Any, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
                  n_seq_max: int = 1, kv_unified: bool = False, flash: int | None = None, enabled: bool | int | str | None = None,
-                 swa_full: bool = True, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None,
+                 swa_full: bool = True, embeddings: bool = False, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None,
                  capture: native.Capture | None = None) -> None:  # fmt: skip
         self.C = C = llama.load().llama_cpp
         self._take_log()
@@ -109,7 +109,7 @@ class Context:
         p = C.llama_context_default_params()
         p.n_ctx, p.n_ubatch, p.n_batch, p.n_seq_max, p.kv_unified = n_ctx, n_ubatch, n_batch, n_seq_max, kv_unified
         p.type_k, p.type_v, p.no_perf, p.n_threads, p.n_threads_batch = type_k, type_v, True, 1, 1
-        p.swa_full = swa_full
+        p.swa_full, p.embeddings = swa_full, embeddings
         # stock flash attention rounds f32 caches to f16; without it a quantized V is refused
         p.flash_attn_type = int(type_v in (Q4_0, Q8_0)) if flash is None else flash
         if abort is not None:
@@ -215,19 +215,22 @@ class Context:
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
-    def save(self, seq: int | None = None) -> bytes:
+    def save(self, seq: int | None = None, partial: bool = False) -> bytes:
         C = self.C
-        size = C.llama_state_get_size(self.ctx) if seq is None else C.llama_state_seq_get_size(self.ctx, seq)
+        flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        size = C.llama_state_get_size(self.ctx) if seq is None else C.llama_state_seq_get_size_ext(self.ctx, seq, flags)
         buffer = (ctypes.c_uint8 * size)()
-        n = C.llama_state_get_data(self.ctx, buffer, size) if seq is None else C.llama_state_seq_get_data(self.ctx, buffer, size, seq)
+        n = C.llama_state_get_data(self.ctx, buffer, size) if seq is None else C.llama_state_seq_get_data_ext(self.ctx, buffer, size, seq, flags)
         assert n == size > 0
         return bytes(buffer)
 
-    def load(self, data: bytes, seq: int | None = None) -> int:
+    def load(self, data: bytes, seq: int | None = None, partial: bool = False) -> int:
         """Bytes read, 0 on failure."""
         C = self.C
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        return C.llama_state_set_data(self.ctx, buffer, len(data)) if seq is None else C.llama_state_seq_set_data(self.ctx, buffer, len(data), seq)
+        flags = C.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY if partial else 0
+        return (C.llama_state_set_data(self.ctx, buffer, len(data)) if seq is None else
+                C.llama_state_seq_set_data_ext(self.ctx, buffer, len(data), seq, flags))  # fmt: skip
 
 
 def same_positions(a: list[np.ndarray], b: list[np.ndarray]) -> bool:

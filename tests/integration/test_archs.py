@@ -197,10 +197,21 @@ def test_a_planted_key_stays(case: Case) -> None:
 def test_a_tail_is_taken_back(case: Case) -> None:
     with case.context(case.budgets, n_ubatch=64) as c:
         c.feed(case.ids)
-        fixed = SINKS + c.sequence()[1] * GROUP
-        assert not c.rm(0, fixed - 1, -1) and c.pos_max() == N - 1
-        assert c.rm(0, N - 9, -1) and c.pos_max() == N - 10
-        assert near(c.feed(case.ids[N - 9 :]), case.logits[-1])
+        edge = SINKS + WINDOW + c.sequence()[1] * GROUP
+        assert not c.rm(0, edge - GROUP - 1, -1) and c.pos_max() == N - 1  # over two compactions
+        for p in (N - 9, edge - 20):  # behind the last one, and over it
+            assert c.rm(0, p, -1) and c.pos_max() == p - 1
+            assert near(c.feed(case.ids[p:]), case.logits[-1])
+            assert same_positions(c.positions(), case.positions)
+
+
+def test_a_partial_state_is_restored(case: Case) -> None:
+    with case.context(case.budgets) as c:
+        c.feed(case.ids[: N - 40])
+        partial = c.save(0, partial=True)
+        c.feed(case.ids[N - 40 :][::-1])
+        assert c.load(partial, 0, partial=True) == len(partial) and c.pos_max() == N - 41
+        assert near(c.feed(case.ids[N - 40 :]), case.logits[-1])
         assert same_positions(c.positions(), case.positions)
 
 

@@ -163,7 +163,7 @@ def test_a_tail_is_taken_back_as_far_as_both_caches_reach(tca: Path, ids: list[i
         c.feed(ids)
         groups = c.sequence()[1]
         assert groups > 2
-        assert not c.rm(0, SINKS + WINDOW + groups * GROUP - 1, -1) and c.pos_max() == N - 1
+        assert not c.rm(0, SINKS + WINDOW + (groups - 1) * GROUP - 1, -1) and c.pos_max() == N - 1
         assert c.rm(0, N - 9, -1) and c.pos_max() == N - 10
         got = c.feed(ids[N - 9 :])
         assert same_positions(c.positions(), positions) and np.abs(got - logits[-1]).max() < 1e-3
@@ -229,6 +229,41 @@ def test_the_last_token_of_a_restored_state(tca: Path, ids: list[int]) -> None:
         got, want = b.feed(ids[299:]), a.feed(ids[300:])
         assert np.abs(got - want).max() < 1e-3 and same_positions(a.positions(), b.positions())
         assert b.load(a.save(0), 0) and not b.rm(0, N - N_SWA, -1)  # its window is not in the state
+
+
+def test_partial_states_hold_both_parts(tca: Path, ids: list[int]) -> None:
+    with Context(tca) as c, Context(tca) as fresh:
+        c.feed(ids[:300])
+        partial, whole = c.save(0, partial=True), c.save(0)
+        c.feed(ids[300:])
+        assert len(partial) < 0.7 * len(whole)
+        assert c.load(partial, 0, partial=True) == len(partial) and c.pos_max() == 299
+        fresh.feed(ids[:300])
+        assert same_positions(c.positions(), fresh.positions())
+        assert np.abs(c.feed(ids[300:]) - fresh.feed(ids[300:])).max() < 1e-3
+        assert same_positions(c.positions(), fresh.positions())
+
+
+def test_both_parts_hold_the_same_tokens(tca: Path, ids: list[int]) -> None:
+    """seq_keep, a state of an empty sequence, a state that is refused half-way: what follows is as fresh."""
+    with Context(tca, n_ctx=2048, n_seq_max=2) as c, Context(tca) as fresh:
+        want = fresh.feed(ids)
+        c.feed(ids[:200], seq=0)
+        c.feed(ids[100:300], seq=1)
+        c.C.llama_memory_seq_keep(c.memory, 1)
+        assert c.pos_max(0) == -1 and np.abs(c.feed(ids) - want).max() < 1e-3
+        c.rm(1, -1, -1)
+        empty = c.save(1)
+        assert c.load(empty, 0) == len(empty) and c.pos_max(0) == -1
+        assert np.abs(c.feed(ids) - want).max() < 1e-3
+        full = c.save(0)
+        c.rm(0, -1, -1)
+        c.feed(ids[:250])
+        for cut in range(len(full) - 2000, len(full), 400):  # in the stock part
+            assert c.load(full[:cut], 0) == 0 and c.pos_max() == 249
+        fresh.rm(0, -1, -1)
+        fresh.feed(ids[:250])
+        assert np.abs(c.feed(ids[250:]) - fresh.feed(ids[250:])).max() < 1e-3
 
 
 def test_sequences_side_by_side(tca: Path, ids: list[int], whole) -> None:

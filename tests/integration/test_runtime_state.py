@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_context import CONFIGS, F16, GROUP, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
+from runtime_context import CONFIGS, F16, F32, FIRST, GROUP, Q8_0, SINKS, WINDOW, Context, make_budgets, same_positions
 from tca_gguf import gguf_file
 
-MAGIC = struct.pack("<I", 0x41435401)  # of our part of a state
+MAGIC = b"TCSTAT02"  # of our part of a state
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_copy_that_was_not_made_yet_is_saved(ctx: Context, ids: list[int]) -> 
 
 
 def usable(c: Context, ids: list[int], seq: int) -> None:
-    """After a failed restore the sequence is empty, and as good as new."""
+    """After a failed restore a sequence that was empty still is, and as good as new."""
     assert c.sequence(seq) == (0, 0) and c.pos_max(seq) == -1
     assert np.isfinite(c.feed(ids[:200], seq)).all() and c.sequence(seq) == (200, 2)
 
@@ -100,11 +101,12 @@ def test_hostile_states(ctx: Context, ids: list[int]) -> None:
     ctx.feed(ids[:300])
     state = ctx.save(0)
     at = state.index(MAGIC)
-    fields = {name: at + 4 * i for i, name in enumerate(("magic", "n_seqs", "type_k", "type_v", "n_layer", "n_head", "n_tokens", "n_groups", "pos0", "slots"))}
-    assert struct.unpack_from("<3i", state, fields["n_tokens"]) == (300, 3, 0)
+    fields = {name: at + i for name, i in dict(magic=0, fingerprint=8, n_seqs=16, partial=20, n_tokens=24, n_groups=28, pos0=32, n_listed=36,
+                                               before=40, size=48 + 4 * 300).items()}  # fmt: skip
+    assert struct.unpack_from("<4i", state, fields["n_tokens"]) == (300, 3, 0, 300)
     cases = [(name, value) for name in fields for value in (-1, 2**31 - 1, -(2**31))]
     cases += [("n_tokens", n) for n in (0, 1, 207, 320, 512, 513)] + [("n_groups", n) for n in (0, 1, 2, 4, 6, 7, 8)]
-    cases += [("n_seqs", 0), ("n_seqs", 2), ("type_k", 1), ("slots", 0), ("slots", 299)]
+    cases += [("n_seqs", 0), ("n_seqs", 2), ("partial", 1), ("pos0", 1), ("n_listed", 299), ("n_listed", 301), ("size", 0), ("size", 299)]
     for name, value in cases:
         changed = bytearray(state)
         struct.pack_into("<i", changed, fields[name], value)
@@ -115,10 +117,11 @@ def test_hostile_states(ctx: Context, ids: list[int]) -> None:
     assert ctx.load(bytes(both) + bytes(4 << 20), 1) == 0
     usable(ctx, ids, 1)
 
+    assert ctx.rm(1, -1, -1)
     rng = np.random.default_rng(1)
     for _ in range(300):  # anything in the first bytes; rows themselves are only numbers
         changed = bytearray(state)
-        for i in rng.integers(at, at + 60, rng.integers(1, 4)):
+        for i in rng.integers(at, at + 48, rng.integers(1, 4)):
             changed[i] = int(rng.integers(256))
         n = ctx.load(bytes(changed), 1)
         assert ctx.sequence(1) in ((0, 0), (300, 3)) and n in (0, len(state))
@@ -171,5 +174,94 @@ def test_a_file(ctx: Context, tca_model: Path, tmp_path: Path, ids: list[int]) -
         assert same_positions(ctx.positions(), other.positions(1))
         assert np.array_equal(ctx.feed(ids[300:320]), other.feed(ids[300:320], seq=1))
         Path(path.decode()).write_bytes(Path(path.decode()).read_bytes()[: size // 2])
-        assert C.llama_state_seq_load_file(other.ctx, path, 1, out, 400, n) == 0
+        assert other.rm(1, -1, -1) and C.llama_state_seq_load_file(other.ctx, path, 1, out, 400, n) == 0
         usable(other, ids, 1)
+
+
+def test_a_state_that_is_refused_leaves_the_old_one(ctx: Context, tca_model: Path, ids: list[int], tmp_path: Path) -> None:
+    """Cut anywhere, from memory and from a file: the sequence goes on as if nothing had been tried, to the bit."""
+    ctx.feed(ids[:300])
+    state = ctx.save(0)
+    path = str(tmp_path / "sequence.bin").encode()
+    tokens = (ctx.C.llama_token * 300)(*ids[:300])
+    size = ctx.C.llama_state_seq_save_file(ctx.ctx, path, 0, tokens, 300)
+    whole = Path(path.decode()).read_bytes()
+    with Context(tca_model, n_ctx=1024, n_seq_max=2) as other, Context(tca_model, n_ctx=1024, n_seq_max=2) as untouched:
+        for c in (other, untouched):
+            c.feed(ids[100:330], seq=1)
+        before, out, n = other.save(1), (ctx.C.llama_token * 400)(), ctypes.c_size_t()
+        for part in (0.01, 0.3, 0.6, 0.9, 0.9999):
+            assert other.load(state[: int(part * len(state))], 1) == 0
+            Path(path.decode()).write_bytes(whole[: int(part * size)])
+            assert ctx.C.llama_state_seq_load_file(other.ctx, path, 1, out, 400, n) == 0
+            assert other.save(1) == before
+        assert np.array_equal(other.feed(ids[330:400], 1), untouched.feed(ids[330:400], 1))
+
+
+# ---- partial states ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("types", [(F32, F32), (F16, Q8_0)], ids=str)
+def test_a_partial_state_brings_a_sequence_back(tca_model: Path, ids: list[int], types: tuple[int, int]) -> None:
+    """Over what came later, whole groups of it compacted: to the very state that was saved, its future too."""
+    settings = dict(n_ctx=1024, type_k=types[0], type_v=types[1])
+    with Context(tca_model, **settings) as c:
+        saved = []
+        for n in (20, 100, FIRST, FIRST + 1, 200, 256, 300):
+            c.feed(ids[c.pos_max() + 1 : n])
+            saved.append((n, c.save(0, partial=True), c.save(0)))
+        c.feed(ids[300:450])
+        for n, partial, whole in reversed(saved):
+            assert c.load(partial, 0, partial=True) == len(partial)
+            assert c.pos_max() == n - 1 and c.save(0) == whole
+            a = c.feed(ids[350:360]) if n % 2 else None  # another future, which the next one does not notice
+            if a is not None:
+                with Context(tca_model, **settings) as fresh:
+                    assert fresh.load(whole, 0) and np.array_equal(fresh.feed(ids[350:360]), a)
+
+
+def test_a_partial_state_does_not_grow(tca_model: Path, ids: list[int]) -> None:
+    text = [*ids, *ids]
+    with Context(tca_model, n_ctx=1024) as c:
+        sizes = []
+        for groups in range(1, 14):
+            n = SINKS + WINDOW + groups * GROUP + 30
+            c.feed(text[c.pos_max() + 1 : n])
+            sizes.append(len(c.save(0, partial=True)))
+        info, shape = c.info(), c.sequence()
+        rows = (WINDOW + 30) * info.n_layer * info.n_head_kv * (2 * 64 * 4 + 4)
+        assert len(set(sizes)) == 1 and rows < sizes[0] < 1.1 * rows, (sizes, rows, shape)
+
+
+def test_partial_states_of_other_texts_are_refused(ctx: Context, tca_model: Path, ids: list[int]) -> None:
+    """The core rows that such a state continues must be those of the same tokens; short ones hold everything themselves."""
+    ctx.feed(ids[:300])
+    partial = ctx.save(0, partial=True)
+    with Context(tca_model, n_ctx=1024, n_seq_max=2) as other:
+        other.feed(ids[:40])
+        short = other.save(0, partial=True)
+        other.rm(0, -1, -1)
+        for text in ([], ids[:200], ids[1:400], [*ids[:255], 7, *ids[256:400]]):  # nothing, too little, another, one token another
+            if text:
+                other.feed(text)
+            before = other.save(0)
+            assert other.load(partial, 0, partial=True) == 0 and other.save(0) == before
+            assert "evaluate the text again" in "".join(Context.lines)
+            other.rm(0, -1, -1)
+        other.feed([*ids[:256], 9, 9, 9])  # what differs lies behind the last compaction: the state has that itself
+        assert other.load(partial, 0, partial=True) == len(partial) and other.sequence() == (300, 3)
+        assert np.array_equal(other.feed(ids[300:310]), ctx.feed(ids[300:310]))
+        assert other.load(short, 1, partial=True) == len(short) and other.sequence(1) == (40, 0)
+        assert other.load(partial, 0) == 0 and other.load(ctx.save(0), 0, partial=True) == 0  # one kind for the other
+
+
+def test_a_partial_state_in_another_sequence(tca_model: Path, ids: list[int]) -> None:
+    """In a copy, in a shared context whose rooms move."""
+    with Context(tca_model, n_ctx=1024, n_seq_max=3, kv_unified=True) as c:
+        c.feed(ids[:300])
+        partial, whole = c.save(0, partial=True), c.save(0)
+        c.feed(ids[300:420])
+        c.C.llama_memory_seq_cp(c.memory, 0, 2, -1, -1)
+        c.feed(ids[:150], seq=1)
+        assert c.load(partial, 2, partial=True) == len(partial) and c.sequence(2) == (300, 3) and c.sequence(0) == (420, 5)
+        assert c.save(2)[8:] == whole[8:]  # all but the number of the sequence
