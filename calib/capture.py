@@ -109,7 +109,7 @@ def run_capture(
         held.setdefault(layer, []).append(sampled(qkv, start, text.queries, text.kinds))
         if fit is not None:
             part = sampled(qkv, start, fit.queries, fit.query_kinds)
-            fit.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap)
+            fit.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap, qkv.sinks)
         if qkv.n_kv < len(text.tokens):
             return
         if fit is not None:
@@ -123,6 +123,6 @@ def run_capture(
             return order_group(scores, table.layout.block_size)
 
         for part in held.pop(layer):
-            table.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap, order)
+            table.add_layer(layer, part.q, qkv.k, qkv.v, part.queries, part.kinds, qkv.scale, qkv.softcap, order, qkv.sinks)
 
     return run_pass(session_for, table.n_layer, text.tokens, visit, progress)

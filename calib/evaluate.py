@@ -53,6 +53,7 @@ def head_errors(
     keep_counts: Sequence[int],
     configs: np.ndarray,
     grams: np.ndarray,
+    sinks: np.ndarray | None = None,
 ) -> HeadErrors:
     """Evaluates all configurations for one KV head.
 
@@ -62,6 +63,7 @@ def head_errors(
     orders: order of each group that some query sees compacted
     configs: [n_configs, n_keep]
     grams: [n_rep, head_dim_v, head_dim_v], W_h^T W_h of the query heads
+    sinks: [n_rep], learned attention sinks: a score that every query sees, with a value of zero
     """
     n_rep, n_queries, dk = q.shape
     dv = v.shape[1]
@@ -77,7 +79,11 @@ def head_errors(
     row_query = np.tile(queries, n_rep)
     future = np.arange(n_kv)[:, None] > row_query[None, :]
     e[future] = -np.inf
-    e -= e.max(axis=0)
+    top = e.max(axis=0)
+    sink = None if sinks is None else np.repeat(np.asarray(sinks, np.float32), n_queries)
+    if sink is not None:
+        top = np.maximum(top, sink)
+    e -= top
     np.exp(e, out=e)
     values = np.concatenate([v[:n_kv], np.ones((n_kv, 1), np.float32)], axis=1)  # the last column sums the weights
 
@@ -86,6 +92,8 @@ def head_errors(
     token = np.arange(n_kv)[:, None]
     is_core = (token >= layout.sinks) & (token < boundary[None, :])
     dense_part = np.where(is_core, np.float32(0), e).T @ values  # [rows, dv + 1]
+    if sink is not None:
+        dense_part[:, dv] += np.exp(sink - top)
     first, last = layout.sinks, layout.sinks + n_groups * layout.group_size
     core = np.where(is_core[first:last], e[first:last], np.float32(0))
 
@@ -110,7 +118,7 @@ def head_errors(
     full = dense_part + prefix[:, n_blocks].sum(axis=0) + rest
     out = full[:, :dv] / full[:, dv:]
     norm = np.maximum(np.linalg.norm(out, axis=1), np.float32(1e-20))
-    reach = np.tile(value_reach(v[:n_kv], queries, n_compacted, layout), n_rep) / norm
+    reach = np.tile(value_reach(v[:n_kv], queries, n_compacted, layout, sinks is not None), n_rep) / norm
     error = np.empty((len(configs), rows), np.float32)
     dropped = np.empty((len(configs), rows), np.float32)
     lost = np.empty((len(configs), rows), np.float32)
@@ -134,14 +142,15 @@ def head_errors(
                       lost=lost.reshape(shape), added=squared_length(out).reshape(shape[1:]))  # fmt: skip
 
 
-def value_reach(v: np.ndarray, queries: np.ndarray, n_compacted: np.ndarray, layout: Layout) -> np.ndarray:
+def value_reach(v: np.ndarray, queries: np.ndarray, n_compacted: np.ndarray, layout: Layout, zero: bool = False) -> np.ndarray:
     """How far the mean of dropped values and the mean of kept ones can lie apart at most, float32 [n_queries].
 
     v: [n_kv, head_dim_v]; queries: [n_queries] indices; n_compacted: groups that each query sees compacted. The distances are
-    taken from the mean of all values; any point would do, this one is near.
+    taken from the mean of all values; any point would do, this one is near. zero: a value of zero is among those kept.
     """
-    distance = np.linalg.norm(v - v.mean(axis=0), axis=1)
-    largest = np.maximum.accumulate(distance)
+    center = v.mean(axis=0)
+    distance = np.linalg.norm(v - center, axis=1)
+    largest = np.maximum(np.maximum.accumulate(distance), np.linalg.norm(center) if zero else 0)
     droppable = np.maximum.accumulate(np.where(np.arange(len(v)) < layout.sinks, 0.0, distance))
     last = layout.sinks + n_compacted * layout.group_size - 1  # of the tokens that a query can miss
     reach = largest[queries] + np.where(n_compacted > 0, droppable[last], 0.0)
@@ -185,12 +194,13 @@ class ErrorTable:
         scale: float,
         softcap: float,
         order: Callable[[int, slice], GroupOrder],
+        sinks: np.ndarray | None = None,
     ) -> None:
         """Evaluates some queries of one layer.
 
         q: [n_head, len(queries), head_dim_k]; k, v: [n_head_kv, n_kv, head_dim], of the text from its first token on to the last
         query or farther; queries: their indices in the text; kind_of: [len(queries)], index into ``kinds``
-        order(KV head, tokens of the group): ranks one group
+        order(KV head, tokens of the group): ranks one group; sinks: [n_head], see `head_errors`
         """
         if len(queries) == 0:
             return
@@ -204,7 +214,8 @@ class ErrorTable:
                 orders.append(order(h, self.layout.group(g)))
             sampled = np.ascontiguousarray(q[h * n_rep : (h + 1) * n_rep])
             result = head_errors(sampled, queries, k[h], v[h], scale, softcap, self.layout, orders,
-                                 self.keep_counts, self.configs, grams[h * n_rep : (h + 1) * n_rep])
+                                 self.keep_counts, self.configs, grams[h * n_rep : (h + 1) * n_rep],
+                                 None if sinks is None else sinks[h * n_rep : (h + 1) * n_rep])
             for kind in range(len(self.kinds)):
                 mine = kind_of == kind
                 for total, value in ((self.error_sum, result.error), (self.dropped_sum, result.dropped), (self.bound_sum, result.bound)):

@@ -70,7 +70,7 @@ class ProbeFit:
         self.probe: np.ndarray | None = None
 
     def add_layer(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, queries: np.ndarray, kind_of: np.ndarray,
-                  scale: float, softcap: float) -> None:
+                  scale: float, softcap: float, sinks: np.ndarray | None = None) -> None:
         """Some queries of one layer; the arguments are those of `ErrorTable.add_layer`."""
         n_rep = q.shape[0] // self.n_head_kv
         start = self.layout.sinks
@@ -92,9 +92,12 @@ class ProbeFit:
                         if softcap:
                             p = np.float32(softcap) * np.tanh(p / np.float32(softcap))
                         p[future] = -np.inf
-                        p -= p.max(axis=1, keepdims=True)
+                        top = p.max(axis=1, keepdims=True)
+                        if sinks is not None:
+                            top = np.maximum(top, np.float32(sinks[r]))
+                        p -= top
                         np.exp(p, out=p)
-                        p /= p.sum(axis=1, keepdims=True)
+                        p /= p.sum(axis=1, keepdims=True) + (0 if sinks is None else np.exp(np.float32(sinks[r]) - top))
                         o = p @ values
                         norm2 = np.maximum((o**2).sum(axis=1, keepdims=True), np.float32(1e-30))
                         away = np.sqrt(np.maximum(length2 - 2 * (o @ values.T) + norm2, 0) / norm2)

@@ -19,12 +19,12 @@ import numpy as np
 from gguf import GGUFEndian, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.gguf_reader import ReaderField
 
+from . import native
 from .atomic import check_target, replace_file
 from .budgets import FORMAT_VERSION, Budgets, Calibration
 from .errors import TcaError
 
 PREFIX = "tca."
-SLIDING_WINDOWS = {"gemma2": 4096}  # what the runtime takes where a file does not say
 MAX_KV_HEADS = 1 << 24  # n_layer*n_head_kv, as in the runtime
 MAX_STRINGS = 1 << 24  # in one array; the largest vocabularies have a few hundred thousand
 MAX_NESTED = 1 << 16  # arrays in an array
@@ -37,8 +37,8 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the budgets of a model depend on. head_dim_k, head_dim_v: elements of one key and one value of one KV head;
-    n_swa: tokens of a sliding window, 0 where no layer has one."""
+    """What the budgets of a model depend on, as the runtime sees it (`native.ModelShape`); of a model that it does not serve, what the
+    file says: stored (the layers that a ragged store holds) and sliding are then None."""
 
     arch: str
     name: str
@@ -49,6 +49,8 @@ class ModelShape:
     head_dim_v: int
     n_ctx_train: int
     n_swa: int = 0
+    sliding: tuple[int, int] | None = None
+    stored: tuple[int, ...] | None = None
 
 
 class HeaderReader(GGUFReader):
@@ -156,6 +158,7 @@ def check_embeddable(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -
     src = Path(src)
     reader = open_header(src)
     _refuse_split(reader, src)
+    _refuse_unserved(reader, src)
     shape = _shape(reader, src)
     check_target(dst, len(reader.data) + _ROOM)
     return shape
@@ -251,25 +254,37 @@ class _Fields:
 def _shape(reader: HeaderReader, path: Path) -> ModelShape:
     fields = _Fields(reader, path)
     arch = fields.get("general.architecture", GGUFValueType.STRING)
-    shown = _printable(arch)
-    n_head = fields.count(f"{arch}.attention.head_count", per_layer=True)
-    n_head_kv = fields.count(f"{arch}.attention.head_count_kv", n_head, per_layer=True)
-    n_layer = fields.count(f"{arch}.block_count")
-    if n_layer * n_head_kv > MAX_KV_HEADS:
-        raise TcaError(f"{path}: {shown}.block_count is {n_layer}, with {n_head_kv} KV heads that is more than {MAX_KV_HEADS} heads")
-    head_dim = max(fields.count(f"{arch}.embedding_length") // n_head, 1)
-    name = reader.get_field("general.name")
-    return ModelShape(
-        arch=shown,
-        name=_printable(fields.get("general.name", GGUFValueType.STRING)) if name is not None else path.stem,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=n_head_kv,
-        head_dim_k=fields.count(f"{arch}.attention.key_length", head_dim),
-        head_dim_v=fields.count(f"{arch}.attention.value_length", head_dim),
-        n_ctx_train=fields.count(f"{arch}.context_length", 0),
-        n_swa=fields.count(f"{arch}.attention.sliding_window", SLIDING_WINDOWS.get(arch, 0)),
-    )
+    has_name = reader.get_field("general.name") is not None
+    name = _printable(fields.get("general.name", GGUFValueType.STRING)) if has_name else path.stem
+    reason: TcaError | None = None
+    try:
+        known = native.file_shape(str(reader.data.filename))  # the file that was read: `path` may be what it will be called
+        return ModelShape(_printable(arch), name, known.n_layer, known.n_head, known.n_head_kv, known.head_dim_k, known.head_dim_v,
+                          known.n_ctx_train, known.n_swa, known.sliding, known.stored)  # fmt: skip
+    except native.Unsupported as error:
+        reason = error
+    except TcaError:
+        pass  # llama.cpp cannot read this file (another byte order, a key that is missing): what it says all the same
+    try:
+        n_head = fields.count(f"{arch}.attention.head_count", per_layer=True)
+        n_head_kv = fields.count(f"{arch}.attention.head_count_kv", n_head, per_layer=True)
+        n_layer = fields.count(f"{arch}.block_count")
+        if n_layer * n_head_kv > MAX_KV_HEADS:
+            raise TcaError(f"{path}: {_printable(arch)}.block_count is {n_layer}, with {n_head_kv} KV heads that is more than {MAX_KV_HEADS} heads")
+        head_dim = max(fields.count(f"{arch}.embedding_length") // n_head, 1)
+        return ModelShape(
+            arch=_printable(arch),
+            name=name,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_dim_k=fields.count(f"{arch}.attention.key_length", head_dim),
+            head_dim_v=fields.count(f"{arch}.attention.value_length", head_dim),
+            n_ctx_train=fields.count(f"{arch}.context_length", 0),
+            n_swa=fields.count(f"{arch}.attention.sliding_window", 0),
+        )
+    except TcaError as error:
+        raise (TcaError(f"{path}: {reason}") if reason is not None else error) from None
 
 
 def _has_keys(reader: HeaderReader) -> bool:
@@ -369,6 +384,15 @@ def _refuse_split(reader: HeaderReader, path: Path) -> None:
     field = reader.get_field("split.count")
     if field is not None and (field.types[0] == GGUFValueType.STRING or (field.parts[-1] > 1).any()):
         raise TcaError(f"{path} is one part of a split GGUF file; merge the parts first: llama-gguf-split --merge FIRST_PART OUT")
+
+
+def _refuse_unserved(reader: HeaderReader, path: Path) -> None:
+    try:
+        native.file_shape(str(reader.data.filename))
+    except native.Unsupported as error:
+        raise TcaError(f"{path}: {error}") from None
+    except TcaError:
+        pass  # calibration, which loads the model, says more
 
 
 def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path) -> list[bytes]:

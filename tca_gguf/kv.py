@@ -1,7 +1,7 @@
 """Bytes of a KV cache, in one place: what a context has allocated, what a file's budgets will need, what llama.cpp's own cache needs.
 
-All layers count: those in the ragged store, and those with sliding-window attention, which llama.cpp's own cache keeps in
-either case. "stock" is llama.cpp's own cache for the same tokens and type, without swa_full.
+All layers with keys count: those in the ragged store, and those with sliding-window attention, which llama.cpp's own cache keeps in
+either case. What recurrent layers hold does not grow with the context and is in `of_context` alone. "stock" is llama.cpp's own cache for the same tokens and type, without swa_full.
 """
 
 from __future__ import annotations
@@ -65,8 +65,7 @@ def predicted(shape: ModelShape, budgets: Budgets, n_ctx: int, kv_type: str = "f
 
     n_ctx, kind = context_size(n_ctx), KV_TYPES[kv_type]
     ragged, dense = native.plan_bytes(budgets, shape.head_dim_k, shape.head_dim_v, kind, kind, n_ctx)
-    n_sliding = shape.n_layer - len(budgets.stored_layers())
-    cell = n_sliding * shape.n_head_kv * _row(shape, kv_type)
+    cell = _sliding(shape, shape.n_layer - len(budgets.stored_layers()), kv_type)
     # the runtime keeps as much of the sliding layers as the ragged store can take back: window and group behind a micro-batch
     longer = n_ubatch + budgets.window + budgets.group_size
     return KvBytes(True, ragged + cell * _window_cells(shape, n_ctx, longer), dense + cell * _window_cells(shape, n_ctx, n_ubatch))
@@ -75,8 +74,8 @@ def predicted(shape: ModelShape, budgets: Budgets, n_ctx: int, kv_type: str = "f
 def stock(shape: ModelShape, full: Sequence[int], n_ctx: int, kv_type: str = "f16", n_ubatch: int = UBATCH) -> int:
     """Bytes of llama.cpp's own cache for one sequence. full: the layers with full attention, the others slide."""
     n_ctx = context_size(n_ctx)
-    cells = len(full) * n_ctx + (shape.n_layer - len(full)) * _window_cells(shape, n_ctx, n_ubatch)
-    return cells * shape.n_head_kv * _row(shape, kv_type)
+    sliding = _sliding(shape, shape.n_layer - len(full), kv_type) * _window_cells(shape, n_ctx, n_ubatch)
+    return len(full) * n_ctx * shape.n_head_kv * _row(shape, kv_type) + sliding
 
 
 def _row(shape: ModelShape, kv_type: str) -> int:
@@ -84,6 +83,17 @@ def _row(shape: ModelShape, kv_type: str) -> int:
     from . import native
 
     return sum(native.row_bytes(KV_TYPES[kv_type], dim) for dim in (shape.head_dim_k, shape.head_dim_v))
+
+
+def _sliding(shape: ModelShape, n_kept: int, kv_type: str) -> int:
+    """Bytes of a token in the layers that slide. n_kept: layers that are not in the store, which slide if any layer does."""
+    from . import native
+
+    if shape.n_swa == 0:
+        return 0
+    if shape.sliding is None:
+        return n_kept * shape.n_head_kv * _row(shape, kv_type)
+    return sum(native.row_bytes(KV_TYPES[kv_type], n) for n in shape.sliding if n > 0)
 
 
 def _window_cells(shape: ModelShape, n_ctx: int, behind: int) -> int:

@@ -277,19 +277,28 @@ def positions(ctx: int, layer: int, seq_id: int, head: int) -> NDArray[np.int32]
     return out
 
 
+class Unsupported(TcaError):
+    """TCA cannot run this model; the text says why."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What the budgets of a model look like, as the runtime sees it.
 
     n_layer, n_head_kv: rows and columns of head_config; stored: the layers in the ragged store, which all have the same heads;
-    head_dim_k, head_dim_v: elements of one key and one value of one head.
+    n_head: query heads of one of them, the most; head_dim_k, head_dim_v: elements of one key and one value of one head; n_swa: tokens
+    that sliding-window layers see, 0 if there are none; sliding: elements of the keys of one token in all of those layers together,
+    and of its values.
     """
 
     n_layer: int
+    n_head: int
     n_head_kv: int
     head_dim_k: int
     head_dim_v: int
     n_ctx_train: int
+    n_swa: int
+    sliding: tuple[int, int]
     stored: tuple[int, ...]
 
 
@@ -299,6 +308,13 @@ def model_shape(model: int) -> ModelShape:
     return _shape(lib.tca_model_get_shape, _model(model))
 
 
+def file_shape(path: str | os.PathLike[str]) -> ModelShape:
+    """Shape of a model file, from its metadata. Raises Unsupported with the reason if TCA cannot run the model, TcaError if llama.cpp
+    cannot read the file."""
+    _, lib = _extension()
+    return _shape(lib.tca_file_get_shape, os.fsencode(path))
+
+
 def context_shape(ctx: int) -> ModelShape:
     """Shape of a context's model; see `model_shape`."""
     _, lib = _extension()
@@ -306,11 +322,14 @@ def context_shape(ctx: int) -> ModelShape:
 
 
 def _shape(ask: Callable[..., int], of: Any) -> ModelShape:
-    ffi, _ = _extension()
+    ffi, lib = _extension()
     shape, stored = ffi.new("struct tca_model_shape *"), ffi.new("bool[]", _MAX_LAYERS)
-    check_status(ask(of, shape, stored, _MAX_LAYERS))
-    return ModelShape(shape.n_layer, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v, shape.n_ctx_train,
-                      tuple(layer for layer in range(shape.n_layer) if stored[layer]))  # fmt: skip
+    status = ask(of, shape, stored, _MAX_LAYERS)
+    if status == lib.TCA_ERR_UNSUPPORTED:
+        raise Unsupported(ffi.string(lib.tca_last_error()).decode("utf-8", "replace"))
+    check_status(status)
+    return ModelShape(shape.n_layer, shape.n_head, shape.n_head_kv, shape.head_dim_k, shape.head_dim_v, shape.n_ctx_train, shape.n_swa,
+                      (shape.sliding_k, shape.sliding_v), tuple(layer for layer in range(shape.n_layer) if stored[layer]))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -475,12 +494,14 @@ def attention(
     softcap: float = 0.0,
     n_threads: int = 1,
     impl: Impl = "cpu",
+    sinks: ArrayLike | None = None,
 ) -> NDArray[np.float32]:
     """Ragged attention over one region per KV head, bottom-right causal: query t sees slots [0, lengths[h] - n_tokens + t].
 
     q: float32 [n_tokens, n_head, head_dim_k]; k, v: one array or bytes per KV head [lengths[h], head_dim], or all of them
     one after another, in the ggml type type_k, type_v (arrays are cast for f32 and f16, quantized data is raw bytes);
-    lengths: slots of each region, the n_tokens newest included; softcap: 0, or c in c*tanh(s/c).
+    lengths: slots of each region, the n_tokens newest included; softcap: 0, or c in c*tanh(s/c);
+    sinks: float32 [n_head], a score of each query head that takes its share of the softmax and adds no value.
     Returns float32 [n_tokens, n_head, head_dim_v].
     """
     ffi, lib = _extension()
@@ -494,10 +515,14 @@ def attention(
         raise TcaError("lengths needs one entry per KV head, none negative")
     n_slots = int(lengths_.sum())
     k_, v_ = _regions(k, type_k, n_slots, head_dim_k, "k"), _regions(v, type_v, n_slots, head_dim_v, "v")
+    sinks_ = None if sinks is None else np.ascontiguousarray(sinks, dtype=np.float32)
+    if sinks_ is not None and sinks_.shape != (q_.shape[1],):
+        raise TcaError(f"sinks has shape {sinks_.shape}; one for each of the {q_.shape[1]} heads is needed")
     out = np.empty((q_.shape[0], q_.shape[1], head_dim_v), dtype=np.float32)
     check_status(lib.tca_attention(_impl(impl), _pointer(q_, "float"), ffi.from_buffer(k_), ffi.from_buffer(v_), type_k, type_v,
                                    q_.shape[0], q_.shape[1], len(lengths_), head_dim_k, head_dim_v,
-                                   _pointer(lengths_, "int64_t"), scale, softcap, n_threads, _pointer(out, "float")))
+                                   _pointer(lengths_, "int64_t"), scale, softcap,
+                                   ffi.NULL if sinks_ is None else _pointer(sinks_, "float"), n_threads, _pointer(out, "float")))
     return out
 
 
@@ -509,7 +534,8 @@ class LayerQKV:
     """One layer's attention inputs of one micro-batch. The arrays are views that end with the callback: copy what you keep.
 
     q: float32 [n_head, n_tokens, head_dim_k] after RoPE; k: float32 [n_head_kv, n_kv, head_dim_k] after RoPE, as the cache
-    stores it; v: float32 [n_head_kv, n_kv, head_dim_v]. The n_tokens newest keys belong to the queries.
+    stores it; v: float32 [n_head_kv, n_kv, head_dim_v]. The n_tokens newest keys belong to the queries. sinks: float32 [n_head],
+    learned attention sinks (see `attention`), or None.
     """
 
     layer: int
@@ -520,6 +546,7 @@ class LayerQKV:
     q: NDArray[np.float32]
     k: NDArray[np.float32]
     v: NDArray[np.float32]
+    sinks: NDArray[np.float32] | None = None
 
 
 class Capture:
@@ -553,6 +580,7 @@ class Capture:
                 view(layer.q, layer.n_head, layer.n_tokens, layer.head_dim_k),
                 view(layer.k, layer.n_head_kv, layer.n_kv, layer.head_dim_k),
                 view(layer.v, layer.n_head_kv, layer.n_kv, layer.head_dim_v),
+                None if layer.sinks == ffi.NULL else view(layer.sinks, layer.n_head),
             ))
         except BaseException as error:  # an exception cannot pass through llama_decode
             self.error = error

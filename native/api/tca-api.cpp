@@ -45,23 +45,6 @@ tca_status tca_budgets_check(const tca_budgets * budgets) {
     return problem.empty() ? TCA_OK : tca_fail(TCA_ERR_BUDGETS, problem);
 }
 
-tca_status tca_file_check(const char * path) {
-    FILE * file = fopen(path, "rb");
-    if (file == nullptr) {
-        return tca_fail(TCA_ERR_IO, std::string("cannot open ") + path);
-    }
-    fclose(file);
-
-    const std::unique_ptr<gguf_context, void (*)(gguf_context *)> gguf { gguf_init_from_file(path, { true, nullptr }), gguf_free };
-    if (!gguf) {
-        return tca_fail(TCA_ERR_IO, std::string(path) + " is not a readable GGUF file");
-    }
-
-    std::string problem;
-    const tca_status status = tca_gguf_check(gguf.get(), problem);
-    return status < 0 ? tca_fail(status, std::string(path) + ": " + problem) : status;
-}
-
 static bool valid(const tca_budgets * budgets) {
     return tca_budgets_check(budgets) == TCA_OK;
 }

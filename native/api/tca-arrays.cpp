@@ -86,7 +86,7 @@ static void to_f32(ggml_type type, const void * src, float * dst, int64_t n) {
 
 tca_status tca_attention(tca_impl impl, const float * q, const void * k, const void * v, int type_k, int type_v, int32_t n_tokens,
         int32_t n_head, int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const int64_t * lengths, float scale,
-        float softcap, int32_t n_threads, float * out) {
+        float softcap, const float * sinks, int32_t n_threads, float * out) {
     if (n_tokens < 1 || n_head_kv < 1 || n_head < 1 || n_head % n_head_kv != 0 || head_dim_k < 1 || head_dim_v < 1 || n_threads < 1) {
         return tca_fail(TCA_ERR_ARGUMENT, "sizes must be positive and n_head a multiple of n_head_kv");
     }
@@ -110,7 +110,7 @@ tca_status tca_attention(tca_impl impl, const float * q, const void * k, const v
         std::vector<float> kf(n_slots*head_dim_k), vf(n_slots*head_dim_v);
         to_f32(tk, k, kf.data(), kf.size());
         to_f32(tv, v, vf.data(), vf.size());
-        tca_reference_attention(q, kf.data(), vf.data(), n_tokens, n_head, n_head_kv, head_dim_k, head_dim_v, lengths, scale, softcap, out);
+        tca_reference_attention(q, kf.data(), vf.data(), n_tokens, n_head, n_head_kv, head_dim_k, head_dim_v, lengths, scale, softcap, sinks, out);
         return TCA_OK;
     }
 
@@ -121,6 +121,7 @@ tca_status tca_attention(tca_impl impl, const float * q, const void * k, const v
     ggml_tensor * tk_  = ggml_new_tensor_2d(ctx.get(), tk, head_dim_k, n_slots);
     ggml_tensor * tv_  = ggml_new_tensor_2d(ctx.get(), tv, head_dim_v, n_slots);
     ggml_tensor * desc = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I32, TCA_DESC_SIZE, n_head_kv, 1, 1);
+    ggml_tensor * ts   = sinks ? ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_head) : nullptr;
 
     std::vector<int32_t> rows((size_t) n_head_kv*TCA_DESC_SIZE);
     int64_t first = 0;
@@ -135,8 +136,8 @@ tca_status tca_attention(tca_impl impl, const float * q, const void * k, const v
 
     const bool split = tca_attn_splits(n_tokens, n_head, n_head_kv);
     ggml_tensor * node = split ?
-        tca_build_attn_split(ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, tca_attn_n_chunks(longest), nullptr) :
-        tca_build_attn      (ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, nullptr);
+        tca_build_attn_split(ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, tca_attn_n_chunks(longest), nullptr, ts) :
+        tca_build_attn      (ctx.get(), tq, tk_, tv_, desc, 0, scale, softcap, nullptr, ts);
 
     ggml_tensor *      partial_node = split ? tca_combine_node::of(node).partial : nullptr;
     std::vector<float> partial(split ? ggml_nelements(partial_node) : 0);
@@ -145,6 +146,9 @@ tca_status tca_attention(tca_impl impl, const float * q, const void * k, const v
     tv_->data  = (void *) v;
     desc->data = rows.data();
     node->data = out;
+    if (ts) {
+        ts->data = (void *) sinks;
+    }
     if (split) {
         partial_node->data = partial.data();
     }

@@ -13,7 +13,7 @@ struct tca_capture {
     void         * user_data;
     int            layer = 0;
 
-    std::vector<float>   q, k, v;
+    std::vector<float>   q, k, v, sinks;
     std::vector<uint8_t> raw;
 };
 
@@ -97,6 +97,11 @@ bool tca_capture_eval(ggml_tensor * t, bool ask, void * data) {
     memcpy(&layer.scale,   (const float *) t->op_params + 0, sizeof(float));
     memcpy(&layer.softcap, (const float *) t->op_params + 2, sizeof(float));
 
+    if (const ggml_tensor * sinks = t->src[4]) {  // [n_head]
+        c.sinks.resize(ggml_nelements(sinks));
+        ggml_backend_tensor_get(sinks, c.sinks.data(), 0, ggml_nbytes(sinks));
+        layer.sinks = c.sinks.data();
+    }
     fetch(q, layer.n_tokens, c.raw, c.q);
     fetch(k, layer.n_kv,     c.raw, c.k);
     fetch(v, layer.n_kv,     c.raw, c.v);

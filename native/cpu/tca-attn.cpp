@@ -37,6 +37,7 @@ const char * tca_cpu_simd(void) {
 void tca_cpu_attn(ggml_tensor * dst, int ith, int nth) {
     const tca_attn_args a(dst);
     const int64_t dk = a.k->ne[0], dv = a.v->ne[0];
+    const float * sinks = a.sinks ? (const float *) a.sinks->data : nullptr;
     scratch_t & w = thread_scratch(dk, dv);
 
     // enough units for every thread first, then as many panels a unit as share an unpacked tile
@@ -74,7 +75,7 @@ void tca_cpu_attn(ggml_tensor * dst, int ith, int nth) {
             const int64_t t = d[TCA_DESC_TOKEN] + (r0 + r)/a.gqa;
             const int64_t q = h*a.gqa + (r0 + r)%a.gqa;
             float * out = (float *) ((char *) dst->data + q*dst->nb[1] + t*dst->nb[2]);
-            const float norm = 1.0f/p.l[lane];
+            const float norm = 1.0f/(p.l[lane] + (sinks ? expf(sinks[q] - p.m[lane]) : 0.0f));
             for (int64_t i = 0; i < dv; ++i) {
                 out[i] = p.ot[i*PANEL_ROWS + lane]*norm;
             }
@@ -148,7 +149,7 @@ void tca_cpu_attn_partial(ggml_tensor * dst, int ith, int nth) {
 }
 
 void tca_cpu_attn_combine(ggml_tensor * dst, int ith, int nth) {
-    const auto [partial, desc, row] = tca_combine_node::of(dst);
+    const auto [partial, desc, sinks, row] = tca_combine_node::of(dst);
     const int64_t dv  = dst->ne[0];
     const int64_t gqa = dst->ne[1]/desc->ne[1];
 
@@ -171,6 +172,9 @@ void tca_cpu_attn_combine(ggml_tensor * dst, int ith, int nth) {
                     const float weight = expf(p[dv] - max);  // 0 for a chunk the query does not see
                     sum += weight*p[dv + 1];
                     ggml_vec_mad_f32(dv, out, p, weight);
+                }
+                if (sinks) {
+                    sum += expf(((const float *) sinks->data)[q] - max);
                 }
                 ggml_vec_scale_f32(dv, out, 1.0f/sum);
             }

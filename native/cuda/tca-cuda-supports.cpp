@@ -49,10 +49,10 @@ bool tca_cuda_supports(int cc, const ggml_tensor * node) {
         case TCA_OP_ATTN:
         case TCA_OP_ATTN_PARTIAL: {
             const tca_attn_node a = tca_attn_node::of(node);
-            return store_supported(a.k, a.v) && a.gqa <= TCA_CUDA_MAX_GQA && a.q->nb[1] % 8 == 0 && a.q->nb[2] % 8 == 0;
+            return a.sinks == nullptr && store_supported(a.k, a.v) && a.gqa <= TCA_CUDA_MAX_GQA && a.q->nb[1] % 8 == 0 && a.q->nb[2] % 8 == 0;
         }
         case TCA_OP_ATTN_COMBINE:
-            return head_dim_supported(node->ne[0]);
+            return tca_combine_node::of(node).sinks == nullptr && head_dim_supported(node->ne[0]);
         case TCA_OP_COMPACT: {
             const tca_compact_node a = tca_compact_node::of(node);
             return store_supported(a.k, a.v) && metric_supported(a.tables.n.metric) &&

@@ -120,15 +120,22 @@ TCA_API tca_status tca_model_set_budgets(struct llama_model * model, const struc
 struct tca_model_shape {
     uint32_t n_layer;      // rows of head_config
     uint32_t n_stored;     // layers in the ragged store; llama.cpp keeps the others (TCA_HEAD_SLIDING)
+    uint32_t n_head;       // query heads of a stored layer, the most
     uint32_t n_head_kv;    // KV heads of a stored layer
     uint32_t head_dim_k;   // elements of one key of one head, and of one value
     uint32_t head_dim_v;
     uint32_t n_ctx_train;
+    uint32_t n_swa;        // tokens that sliding-window layers see; 0: there are none
+    uint32_t sliding_k;    // elements of the keys of one token in all sliding-window layers together, and of its values
+    uint32_t sliding_v;
 };
 
 // stored [n_max], n_layer at most are written: whether each layer is in the ragged store. TCA_ERR_UNSUPPORTED: the reason is in
 // tca_last_error(), and *shape is zero.
 TCA_API tca_status tca_model_get_shape(const struct llama_model * model, struct tca_model_shape * shape, bool * stored, uint32_t n_max);
+
+// The same of a model file, from its metadata alone. TCA_ERR_IO: llama.cpp cannot read it.
+TCA_API tca_status tca_file_get_shape(const char * path, struct tca_model_shape * shape, bool * stored, uint32_t n_max);
 
 // The same of a context's model.
 TCA_API tca_status tca_context_get_shape(const struct llama_context * ctx, struct tca_model_shape * shape, bool * stored, uint32_t n_max);
@@ -227,10 +234,12 @@ TCA_API int32_t tca_select(enum tca_impl impl, const char * metric, const struct
 //   lengths  [n_head_kv] slots in each region, the n_tokens newest included
 //   out      [n_tokens, n_head, head_dim_v] f32
 //   scale    multiplies q.k; softcap: 0, or c in c*tanh(s/c)
+//   sinks    [n_head] or NULL: a score of each query head that takes its share of the softmax and adds no value
 // Query head i belongs to KV head i/(n_head/n_head_kv).
 TCA_API tca_status tca_attention(enum tca_impl impl, const float * q, const void * k, const void * v,
         int type_k, int type_v, int32_t n_tokens, int32_t n_head, int32_t n_head_kv, int32_t head_dim_k,
-        int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, int32_t n_threads, float * out);
+        int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, const float * sinks,
+        int32_t n_threads, float * out);
 
 // Rotary embedding of a layer as this context applies it. freqs [n_max] is filled and rope->freqs points to it.
 TCA_API tca_status tca_context_rope(const struct llama_context * ctx, uint32_t layer, struct tca_rope * rope,
@@ -249,6 +258,7 @@ struct tca_layer_qkv {
     int32_t       head_dim_v;
     float         scale;
     float         softcap;
+    const float * sinks;      // [n_head] learned attention sinks, as tca_attention() takes them; NULL without
     const float * q;          // [n_head, n_tokens, head_dim_k], after RoPE
     const float * k;          // [n_head_kv, n_kv, head_dim_k], after RoPE, as the cache stores it
     const float * v;          // [n_head_kv, n_kv, head_dim_v]

@@ -4,6 +4,7 @@
 
 #include "llama-cparams.h"
 #include "llama-hparams.h"
+#include "llama-memory-hybrid.h"
 
 #include <stdexcept>
 
@@ -42,7 +43,7 @@ bool llm_graph_input_attn_tca::can_reuse(const llm_graph_params & params) {
         n_segments == mctx_tca->n_segments(params.ubatch) && compacts == mctx_tca->compacts();
 }
 
-llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph) {
+static std::unique_ptr<llm_graph_input_attn_tca> make_input(const llm_graph_context & graph) {
     const llama_memory_tca_context * mctx = graph.res->mctx_tca;
     if (mctx == nullptr) {
         return nullptr;
@@ -72,7 +73,43 @@ llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph
         ggml_set_input(inp->self_v_rot);
         ggml_set_name(inp->self_v_rot, "attn_inp_v_rot");
     }
-    return static_cast<llm_graph_input_attn_kv *>(graph.res->add_input(std::move(inp)));
+    return inp;
+}
+
+llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph) {
+    auto inp = make_input(graph);
+    return inp ? static_cast<llm_graph_input_attn_kv *>(graph.res->add_input(std::move(inp))) : nullptr;
+}
+
+namespace {
+class llm_graph_input_mem_hybrid_tca : public llm_graph_input_mem_hybrid {
+public:
+    using llm_graph_input_mem_hybrid::llm_graph_input_mem_hybrid;
+
+    void set_input(const llama_ubatch * ubatch) override {
+        inp_attn->set_input(ubatch);
+        inp_rs->mctx = mctx->get_recr();
+        inp_rs->set_input(ubatch);
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = static_cast<const llama_memory_hybrid_context *>(params.mctx);
+        const llama_memory_recurrent_context * recr = mctx->get_recr();
+        const int64_t n_rs = recr->get_n_rs(), n_seqs = params.ubatch.n_seqs;
+        return inp_attn->can_reuse(params) && inp_rs->s_copy->ne[0] == n_rs && inp_rs->s_copy_main->ne[0] == n_seqs &&
+            inp_rs->s_copy_extra->ne[0] == n_rs - n_seqs && inp_rs->head == recr->get_head() && inp_rs->rs_z == recr->get_rs_z();
+    }
+};
+}  // namespace
+
+llm_graph_input_mem_hybrid * llm_tca_build_inp_mem_hybrid(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> & rs) {
+    auto attn = make_input(graph);
+    if (attn == nullptr) {
+        return nullptr;
+    }
+    auto inp = std::make_unique<llm_graph_input_mem_hybrid_tca>(graph.cparams, std::move(attn), std::move(rs),
+            static_cast<const llama_memory_hybrid_context *>(graph.mctx));
+    return static_cast<llm_graph_input_mem_hybrid *>(graph.res->add_input(std::move(inp)));
 }
 
 llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & graph, int il) {
@@ -94,9 +131,8 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
     if (inp == nullptr) {
         return nullptr;
     }
-    if (kq_b || sinks) {
-        throw std::runtime_error("tca: attention biases and learned attention sinks are not supported; "
-                "load with --override-kv tca.enabled=bool:false");
+    if (kq_b) {
+        throw std::runtime_error("tca: attention biases are not supported; load with --override-kv tca.enabled=bool:false");
     }
 
     ggml_context * ctx = graph.ctx0;
@@ -119,8 +155,8 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
         ggml_build_forward_expand(gf, k);
 
         cur = split ?
-            tca_build_attn_split(ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, store.n_chunks(il), cur) :
-            tca_build_attn      (ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, cur);
+            tca_build_attn_split(ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, store.n_chunks(il), cur, sinks) :
+            tca_build_attn      (ctx, q, k, layer.v, inp->attn_desc, row, kq_scale, softcap, cur, sinks);
         graph.cb(cur, "tca_attn", il);
         ggml_build_forward_expand(gf, cur);
 

@@ -29,7 +29,11 @@ llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph
 // such layer asks; nullptr: layer il uses the stock input.
 llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & graph, int il);
 
+// For hybrid models: the input of both kinds of layers, with the ragged cache's in place of the stock attention input, whose tensors
+// no layer would use. rs: the stock input of the recurrent layers. nullptr: the context uses the stock cache; rs is left alone.
+llm_graph_input_mem_hybrid * llm_tca_build_inp_mem_hybrid(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> & rs);
+
 // nullptr: `inp` is the stock input. Else the attention output [head_dim_v*n_head, n_tokens], everything expanded into the
-// graph. Throws std::runtime_error for a bias or attention sinks.
+// graph. Throws std::runtime_error for a bias.
 ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_input_attn_kv * inp, ggml_tensor * q_cur,
         ggml_tensor * k_cur, ggml_tensor * v_cur, ggml_tensor * kq_b, ggml_tensor * sinks, float kq_scale, int il);

@@ -6,6 +6,7 @@
 #include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
+#include "llama-memory-hybrid.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-model-loader.h"
@@ -18,7 +19,7 @@ const char * llama_tca_layer_kept(const llama_model & model, uint32_t il) {
     if (il >= hparams.n_layer()) {
         return "no part in the forward pass (a prediction layer)";
     }
-    if (hparams.is_recr(il)) {
+    if (hparams.is_recr(il) && model.arch != LLM_ARCH_FALCON_H1) {  // whose layers are both
         return "no attention (a recurrent layer)";
     }
     if (hparams.n_head_kv(il) == 0) {
@@ -40,7 +41,8 @@ std::string llama_tca_unsupported(const llama_model & model) {
     if (entry->inputs == TCA_INPUT_NONE) {
         return "architecture '" + model.arch_name() + "': " + entry->remark;
     }
-    const uint8_t input = hparams.swa_type == LLAMA_SWA_TYPE_NONE ? TCA_INPUT_KV : TCA_INPUT_ISWA;
+    const bool    slides = hparams.swa_type != LLAMA_SWA_TYPE_NONE;
+    const uint8_t input  = llm_arch_is_hybrid(model.arch) && !slides ? TCA_INPUT_HYBRID : slides ? TCA_INPUT_ISWA : TCA_INPUT_KV;
     if (!(entry->inputs & input) || hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
         return "architecture '" + model.arch_name() + "' with this kind of sliding-window attention is not served";
     }
@@ -59,7 +61,7 @@ std::string llama_tca_unsupported(const llama_model & model) {
             continue;
         }
         if (!hparams.has_kv(il)) {
-            return "layer " + std::to_string(il) + " has no KV cache of its own";
+            return "layer " + std::to_string(il) + " reads the keys and values of an earlier one, which is not served yet";
         }
         first = first < 0 ? il : first;
         if (hparams.n_head_kv(il) != hparams.n_head_kv(first)) {
@@ -179,7 +181,8 @@ static std::string stock_cache_because(const llama_model & model, const llama_cp
 }
 
 void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams) {
-    if (model.tca && stock_cache_because(model, cparams).empty()) {
+    // a hybrid's recurrent part would take that many copies of its state: what the caller asked for stays
+    if (model.tca && !llm_arch_is_hybrid(model.arch) && stock_cache_because(model, cparams).empty()) {
         cparams.n_rs_seq = std::max(cparams.n_rs_seq, model.tca->budgets.rollback);
     }
 }
@@ -203,10 +206,21 @@ static llama_tca_rest sliding_rest(const llama_model & model, const llama_memory
     return rest;
 }
 
+// The recurrent layers of a hybrid model. The attention child has cells and no layers.
+static llama_tca_rest recurrent_rest(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const llama_hparams & hparams = model.hparams;
+    llama_tca_rest rest;
+    rest.memory = std::make_unique<llama_memory_hybrid>(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.n_ctx_seq, 1,
+            hparams.n_swa, hparams.swa_type, GGML_TYPE_F32, GGML_TYPE_F32, std::max(1u, cparams.n_seq_max), cparams.n_seq_max,
+            cparams.n_rs_seq, cparams.offload_kqv, /* unified */ false,
+            [](int32_t) { return false; }, [&hparams](int32_t il) { return (uint32_t) il < hparams.n_layer() && hparams.is_recr(il); });
+    return rest;
+}
+
 // The one line that says which cache is in use. A warning, because llama.cpp's programs show no other level by default, and a
 // user who does not see it cannot tell the two caches apart.
 static void say_on(const llama_memory_tca & memory, const llama_cparams & cparams, const llama_memory_params & params) {
-    const llama_tca_store & store = memory.get_store();
+    const llama_tca_store       & store = memory.get_store();
     const tca_plan        & plan  = store.full_plan();
     const llama_tca_bytes   bytes = llama_tca_count_bytes(memory);
 
@@ -248,11 +262,13 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     }
     const std::string reason = stock_cache_because(model, cparams);
     if (!reason.empty()) {
-        LLAMA_LOG_WARN("tca: this context uses the stock KV cache: %s\n", reason.c_str());
+        LLAMA_LOG_INFO("tca: this context uses the stock KV cache: %s\n", reason.c_str());
         return nullptr;
     }
     llama_tca_rest rest;
-    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+    if (llm_arch_is_hybrid(model.arch)) {
+        rest = recurrent_rest(model, params, cparams);
+    } else if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
         rest = sliding_rest(model, params, cparams);
     }
     auto memory = std::make_unique<llama_memory_tca>(model, cparams, params.type_k, params.type_v, std::move(rest), params.swa_full);

@@ -48,8 +48,7 @@ void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams
 // The stock memory of the model, whatever budgets it carries, f16.
 std::unique_ptr<llama_memory_i> llama_tca_stock_memory(const llama_model & model, const llama_cparams & cparams);
 
-// nullptr: use the stock memory, also for contexts that the ragged cache does not serve, with a line in the log. Throws
-// std::runtime_error if the setting cannot work.
+// nullptr: use the stock memory, also for contexts that the ragged cache does not serve, with a line in the log. Throws std::runtime_error if the setting cannot work.
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams);
 
 // What the stock parts of a graph see of a memory's context: the context of the rest, if ours has one. Ours goes to `res`.

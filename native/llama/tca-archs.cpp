@@ -2,16 +2,14 @@
 
 // Checked against src/models of the pin (native/README.md, "Moving to another upstream version"). A served architecture has a row
 // in tests/integration/tiny_models.py, which runs it on random weights; a refused one is loaded there with budgets, too.
-static constexpr uint8_t KV = TCA_INPUT_KV, ISWA = TCA_INPUT_ISWA, NONE = TCA_INPUT_NONE;
+static constexpr uint8_t KV = TCA_INPUT_KV, ISWA = TCA_INPUT_ISWA, HYBRID = TCA_INPUT_HYBRID, NONE = TCA_INPUT_NONE;
 
 static constexpr const char * ALIBI     = "position biases on the scores (ALiBi)";
 static constexpr const char * ENCODER   = "an encoder without a KV cache";
 static constexpr const char * DIFFUSION = "a diffusion model without a KV cache";
 static constexpr const char * RECURRENT = "recurrent layers only, there is no KV cache";
-static constexpr const char * HYBRID    = "recurrent layers beside attention are not served yet";
 static constexpr const char * LATENT    = "multi-head latent attention: keys and values are views of one latent row";
 static constexpr const char * INDEXER   = "its graph reads the cache itself: an indexer chooses cells";
-static constexpr const char * SINKS     = "learned attention sinks are not served yet";
 static constexpr const char * DRAFTER   = "a drafter that works on another model's cache";
 static constexpr const char * HEADS     = "its layers have different numbers of KV heads";
 
@@ -88,11 +86,15 @@ static const tca_arch_entry ARCHS[] = {
     // sliding-window and full attention mixed
     { LLM_ARCH_GEMMA2,           ISWA, "" },
     { LLM_ARCH_GEMMA3,           KV | ISWA, "" },
+    { LLM_ARCH_GEMMA4,           ISWA, "12B, 26B-A4B, 31B; E2B and E4B, whose last layers share keys and values, are refused" },
     { LLM_ARCH_OLMO2,            KV | ISWA, "OLMo 2, Olmo 3" },
     { LLM_ARCH_PLAMO3,           KV | ISWA, "" },
     { LLM_ARCH_SPARK2_5,         ISWA, "" },
     { LLM_ARCH_LAGUNA,            KV | ISWA, "" },
     { LLM_ARCH_MELLUM,            KV | ISWA, "" },
+    { LLM_ARCH_OPENAI_MOE,       ISWA, "gpt-oss; CPU only, attention sinks" },
+    { LLM_ARCH_GRANITE_SWA,      ISWA, "CPU only, attention sinks" },
+    { LLM_ARCH_MIMO2,            ISWA, "CPU only, attention sinks" },
     { LLM_ARCH_COHERE2,           ISWA, "Command A" },
     { LLM_ARCH_COHERE2MOE,        ISWA, "" },
     { LLM_ARCH_EXAONE4,           KV | ISWA, "" },
@@ -103,6 +105,20 @@ static const tca_arch_entry ARCHS[] = {
     { LLM_ARCH_SMALLTHINKER,      KV | ISWA, "" },
     { LLM_ARCH_LLAMA4,            KV | ISWA, "text; its chunked layers stay in the stock cache" },
     { LLM_ARCH_STEP35,            ISWA, "Step 3.5" },
+
+    // recurrent layers beside attention
+    { LLM_ARCH_QWEN35,            HYBRID, "Qwen3.5, 3.6, 3.8; text, images are refused" },
+    { LLM_ARCH_QWEN35MOE,         HYBRID, "Qwen3.5, 3.6; text, images are refused" },
+    { LLM_ARCH_QWEN3NEXT,         HYBRID, "Qwen3-Next, Qwen3-Coder-Next" },
+    { LLM_ARCH_NEMOTRON_H,        HYBRID, "Nemotron Nano v2" },
+    { LLM_ARCH_NEMOTRON_H_MOE,    HYBRID, "Nemotron 3" },
+    { LLM_ARCH_GRANITE_HYBRID,    HYBRID, "Granite 4" },
+    { LLM_ARCH_LFM2,              HYBRID, "LFM2, 2.5" },
+    { LLM_ARCH_LFM2MOE,           HYBRID, "" },
+    { LLM_ARCH_JAMBA,             HYBRID, "" },
+    { LLM_ARCH_PLAMO2,            HYBRID, "" },
+    { LLM_ARCH_FALCON_H1,         HYBRID, "" },
+    { LLM_ARCH_MINIMAX_01,        HYBRID, "" },
 
     // refused
     { LLM_ARCH_OPENELM,          NONE, HEADS },
@@ -120,26 +136,10 @@ static const tca_arch_entry ARCHS[] = {
     { LLM_ARCH_QWEN3TTS,         NONE, "speech, not text" },
     { LLM_ARCH_POCKETTTS,        NONE, "speech, not text" },
     { LLM_ARCH_WAVTOKENIZER_DEC, NONE, "speech, not text" },
-    { LLM_ARCH_OPENAI_MOE,       NONE, SINKS },
-    { LLM_ARCH_GRANITE_SWA,      NONE, SINKS },
-    { LLM_ARCH_MIMO2,            NONE, SINKS },
-    { LLM_ARCH_GEMMA4,           NONE, "layers that share keys and values are not served yet" },
     { LLM_ARCH_GEMMA3N,          NONE, "layers that share keys and values are not served yet" },
     { LLM_ARCH_GEMMA4_ASSISTANT, NONE, DRAFTER },
     { LLM_ARCH_EAGLE3,           NONE, DRAFTER },
     { LLM_ARCH_DFLASH,           NONE, DRAFTER },
-    { LLM_ARCH_QWEN35,           NONE, HYBRID },
-    { LLM_ARCH_QWEN35MOE,        NONE, HYBRID },
-    { LLM_ARCH_QWEN3NEXT,        NONE, HYBRID },
-    { LLM_ARCH_NEMOTRON_H,       NONE, HYBRID },
-    { LLM_ARCH_NEMOTRON_H_MOE,   NONE, HYBRID },
-    { LLM_ARCH_GRANITE_HYBRID,   NONE, HYBRID },
-    { LLM_ARCH_LFM2,             NONE, HYBRID },
-    { LLM_ARCH_LFM2MOE,          NONE, HYBRID },
-    { LLM_ARCH_JAMBA,            NONE, HYBRID },
-    { LLM_ARCH_PLAMO2,           NONE, HYBRID },
-    { LLM_ARCH_FALCON_H1,        NONE, HYBRID },
-    { LLM_ARCH_MINIMAX_01,       NONE, HYBRID },
     { LLM_ARCH_MISTRAL4,         NONE, LATENT },
     { LLM_ARCH_KIMI_LINEAR,      NONE, LATENT },
     { LLM_ARCH_KIMI_K3,          NONE, LATENT },

@@ -28,9 +28,10 @@ struct probe_nodes {
         if (params == nullptr) {
             return;
         }
-        ggml_tensor * combine = tca_build_attn_split(c, q, k, v, desc, 0, 1.0f, 0.0f, 1, nullptr);
+        ggml_tensor * sinks   = s.sinks ? ggml_new_tensor_1d(c, GGML_TYPE_F32, s.n_head) : nullptr;
+        ggml_tensor * combine = tca_build_attn_split(c, q, k, v, desc, 0, 1.0f, 0.0f, 1, nullptr, sinks);
         others = {
-            tca_build_attn(c, q, k, v, desc, 0, 1.0f, 0.0f, nullptr),
+            tca_build_attn(c, q, k, v, desc, 0, 1.0f, 0.0f, nullptr, sinks),
             tca_combine_node::of(combine).partial,
             combine,
             tca_build_compact(c, k, v, pos, desc, 0, tca_tables_new(c, *params, s.head_dim_k, s.n_head_kv, nullptr), q, 1.0f, 0.0f),
@@ -76,6 +77,6 @@ std::string tca_device_problem(ggml_backend_dev_t dev, const tca_layer_shape & s
         runs = runs && ggml_backend_dev_supports_op(dev, node);
     }
     return runs ? "" : device + " cannot run the TCA ops with this model (" + std::to_string(s.n_head) + " heads over " +
-        std::to_string(s.n_head_kv) + " KV heads of " + std::to_string(s.head_dim_k) + "), K " + ggml_type_name(s.type_k) + ", V " +
+        std::to_string(s.n_head_kv) + " KV heads of " + std::to_string(s.head_dim_k) + (s.sinks ? ", with attention sinks" : "") + "), K " + ggml_type_name(s.type_k) + ", V " +
         ggml_type_name(s.type_v) + " and metric " + params.metric->name + advice;
 }

@@ -12,6 +12,7 @@ struct tca_layer_shape {
     ggml_type type_k, type_v;
     int64_t   head_dim_k, head_dim_v;
     int64_t   n_head, n_head_kv;
+    bool      sinks = false;  // learned attention sinks
 };
 
 // Empty if the cache types fit the layer's head sizes and the CPU reads and writes them; else a line that says what to use.

@@ -85,7 +85,8 @@ llama_tca_store::llama_tca_store(const llama_model & model, const llama_cparams 
         layer & l = layers[il];
         const uint32_t head_dim_k = hparams.n_embd_head_k(il);
         const uint32_t head_dim_v = hparams.n_embd_head_v(il);
-        const tca_layer_shape shape = { type_k, type_v, head_dim_k, head_dim_v, hparams.n_head(il), hparams.n_head_kv(il) };
+        const tca_layer_shape shape = { type_k, type_v, head_dim_k, head_dim_v, hparams.n_head(il), hparams.n_head_kv(il),
+            model.layers[il].attn_sinks != nullptr };
         const auto refuse = [](const std::string & problem) {
             if (!problem.empty()) {
                 throw std::runtime_error("tca: " + problem);
@@ -102,7 +103,7 @@ llama_tca_store::llama_tca_store(const llama_model & model, const llama_cparams 
         rot_v = layer_rot_v;
         first = false;
 
-        tca_select_params select;
+        tca_select_params  select;
         select.metric      = tca_metric_find(plan.budgets.metric.c_str());  // known: the budgets were checked
         select.layer       = il;
         select.block_size  = plan.budgets.block_size;

@@ -40,12 +40,13 @@ tca_append_node tca_append_node::of(const ggml_tensor * node) {
 tca_attn_node tca_attn_node::of(const ggml_tensor * node) {
     ggml_tensor * const * src = sources(node);
     const tca_op_params   p   = tca_op_get_params(node);
-    return { src[0], src[1], src[2], src[3], p.row, p.scale, p.softcap, p.n_chunks, src[0]->ne[1]/src[3]->ne[1] };
+    ggml_tensor * sinks = p.op == TCA_OP_ATTN ? src[4] : nullptr;
+    return { src[0], src[1], src[2], src[3], sinks, p.row, p.scale, p.softcap, p.n_chunks, src[0]->ne[1]/src[3]->ne[1] };
 }
 
 tca_combine_node tca_combine_node::of(const ggml_tensor * node) {
     ggml_tensor * const * src = sources(node);
-    return { src[0], src[1], tca_op_get_params(node).row };
+    return { src[0], src[1], src[2], tca_op_get_params(node).row };
 }
 
 tca_compact_node tca_compact_node::of(const ggml_tensor * node) {

@@ -29,6 +29,10 @@ static void check_queries(const ggml_tensor * q, const ggml_tensor * k, const gg
     GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0] && q->ne[1] % desc->ne[1] == 0);
 }
 
+static void check_sinks(const ggml_tensor * sinks, const ggml_tensor * q) {
+    GGML_ASSERT(sinks == nullptr || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[1] && ggml_is_contiguous(sinks)));
+}
+
 static tca_op_params params_of(tca_op op, int row, float scale, float softcap, int n_chunks) {
     tca_op_params params = {};
     params.op       = op;
@@ -50,26 +54,28 @@ ggml_tensor * tca_build_append(ggml_context * ctx, ggml_tensor * k, ggml_tensor 
 }
 
 ggml_tensor * tca_build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc, int row,
-        float scale, float softcap, ggml_tensor * dst) {
+        float scale, float softcap, ggml_tensor * dst, ggml_tensor * sinks) {
     check_store(k, v, desc, row);
     check_queries(q, k, desc);
-    ggml_tensor * args[] = { q, k, v, desc };
+    check_sinks(sinks, q);
+    ggml_tensor * args[] = { q, k, v, desc, sinks };
     const int64_t ne[]   = { v->ne[0], q->ne[1], q->ne[2], 1 };
-    return make_node(ctx, dst, ne, args, 4, params_of(TCA_OP_ATTN, row, scale, softcap, 0));
+    return make_node(ctx, dst, ne, args, 5, params_of(TCA_OP_ATTN, row, scale, softcap, 0));
 }
 
 ggml_tensor * tca_build_attn_split(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * desc,
-        int row, float scale, float softcap, int n_chunks, ggml_tensor * dst) {
+        int row, float scale, float softcap, int n_chunks, ggml_tensor * dst, ggml_tensor * sinks) {
     check_store(k, v, desc, row);
     check_queries(q, k, desc);
+    check_sinks(sinks, q);
     ggml_tensor * args[] = { q, k, v, desc };
     // per chunk and query: the unnormalised output, then the running maximum and sum of its softmax
     const int64_t ne_partial[] = { v->ne[0] + 2, n_chunks, q->ne[1], q->ne[2] };
     ggml_tensor * partial = make_node(ctx, nullptr, ne_partial, args, 4, params_of(TCA_OP_ATTN_PARTIAL, row, scale, softcap, n_chunks));
 
-    ggml_tensor * args_combine[] = { partial, desc };
+    ggml_tensor * args_combine[] = { partial, desc, sinks };
     const int64_t ne[] = { v->ne[0], q->ne[1], q->ne[2], 1 };
-    return make_node(ctx, dst, ne, args_combine, 2, params_of(TCA_OP_ATTN_COMBINE, row, scale, softcap, n_chunks));
+    return make_node(ctx, dst, ne, args_combine, 3, params_of(TCA_OP_ATTN_COMBINE, row, scale, softcap, n_chunks));
 }
 
 ggml_tensor * tca_build_compact(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * pos, ggml_tensor * desc,

@@ -152,6 +152,7 @@ struct tca_append_node {
 
 struct tca_attn_node {  // ATTN and PARTIAL
     struct ggml_tensor * q, * k, * v, * desc;
+    struct ggml_tensor * sinks;  // ATTN: NULL without
     int     row;
     float   scale;
     float   softcap;
@@ -163,6 +164,7 @@ struct tca_attn_node {  // ATTN and PARTIAL
 
 struct tca_combine_node {
     struct ggml_tensor * partial, * desc;
+    struct ggml_tensor * sinks;  // NULL without
     int row;
 
     static tca_combine_node of(const struct ggml_tensor * node);
@@ -187,14 +189,16 @@ struct ggml_tensor * tca_build_append(struct ggml_context * ctx, struct ggml_ten
 // Attention of the segment's queries over the regions, bottom-right causal: token t sees PAST + t + 1 slots.
 //   q [head_dim_k, n_head, n_tokens] f32.   Result [head_dim_v, n_head, n_tokens] f32.
 // dst: result of an earlier segment of the same micro-batch to write into, or NULL.
+// sinks: F32 [n_head], a score of every head that takes its share of the softmax and adds no value (learned attention sinks), or NULL.
 struct ggml_tensor * tca_build_attn(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
-        struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, struct ggml_tensor * dst);
+        struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, struct ggml_tensor * dst,
+        struct ggml_tensor * sinks = nullptr);
 
 // The same for few queries (tca_attn_splits), as two nodes: partial results per chunk of slots, then their combination.
 // n_chunks: tca_attn_n_chunks of the longest region of the layer.
 struct ggml_tensor * tca_build_attn_split(struct ggml_context * ctx, struct ggml_tensor * q, struct ggml_tensor * k,
         struct ggml_tensor * v, struct ggml_tensor * desc, int row, float scale, float softcap, int n_chunks,
-        struct ggml_tensor * dst);
+        struct ggml_tensor * dst, struct ggml_tensor * sinks = nullptr);
 
 // Selects the tokens of the group at GROUP that stay, moves them and everything behind the group down, and sets the others aside
 // at STASH. In place.

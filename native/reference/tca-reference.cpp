@@ -209,7 +209,8 @@ int32_t tca_reference_select(const char * metric, const tca_group & g, int32_t h
 }
 
 void tca_reference_attention(const float * q, const float * k, const float * v, int32_t n_tokens, int32_t n_head,
-        int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, float * out) {
+        int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, const float * sinks,
+        float * out) {
     const int gqa = n_head/n_head_kv;
     int64_t first = 0;
     for (int hk = 0; hk < n_head_kv; ++hk) {
@@ -228,7 +229,10 @@ void tca_reference_attention(const float * q, const float * k, const float * v, 
                     }
                     max = std::fmax(max, s[j]);
                 }
-                double sum = 0.0;
+                if (sinks) {
+                    max = std::fmax(max, sinks[h]);
+                }
+                double sum = sinks ? std::exp(sinks[h] - max) : 0.0;
                 std::vector<double> o(head_dim_v);
                 for (int64_t j = 0; j < n_visible; ++j) {
                     const double p = std::exp(s[j] - max);

@@ -16,6 +16,7 @@ int32_t tca_reference_select(const char * metric, const tca_group & group, int32
 void tca_reference_observe(const float * q, const float * k, int32_t n_queries, int32_t n_head, int32_t first_head, int32_t gqa,
         int32_t head_dim_k, int64_t n_slots, float scale, float softcap, double * observed);
 
-// See tca_attention() in tca.h; k and v are f32 here, regions one after another.
+// See tca_attention() in tca.h; k and v are f32 here, regions one after another. sinks [n_head], or NULL.
 void tca_reference_attention(const float * q, const float * k, const float * v, int32_t n_tokens, int32_t n_head,
-        int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, float * out);
+        int32_t n_head_kv, int32_t head_dim_k, int32_t head_dim_v, const int64_t * lengths, float scale, float softcap, const float * sinks,
+        float * out);

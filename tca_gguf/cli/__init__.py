@@ -15,6 +15,7 @@ from .eval import eval_command
 from .execute import execute
 from .generate import generate_command
 from .inspect import inspect_command
+from .models import models_command
 
 __all__ = ["cli", "main"]
 
@@ -41,6 +42,7 @@ for command in (
     embed_budgets,
     strip_budgets,
     inspect_command,
+    models_command,
     generate_command,
     chat_command,
     bench_command,

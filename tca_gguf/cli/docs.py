@@ -1,10 +1,13 @@
-"""Writes docs/cli.md: python -m tca_gguf.cli.docs > docs/cli.md   (a test checks that it is up to date)"""
+"""Writes docs/cli.md: python -m tca_gguf.cli.docs > docs/cli.md, and docs/models.md: python -m tca_gguf.cli.docs models > docs/models.md.
+Tests check that both are up to date."""
 
 from __future__ import annotations
 
+import sys
+
 import click
 
-from . import cli
+from . import cli, models
 
 WIDTH = 100
 
@@ -34,4 +37,4 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    print(models.document() if sys.argv[1:] == ["models"] else document(), end="")

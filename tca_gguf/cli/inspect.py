@@ -105,7 +105,7 @@ def show(console: Console, budgets: Budgets, shape: ModelShape, info: dict[str, 
     console.print()
     layers = budgets.stored_layers()
     if len(layers) < shape.n_layer:
-        console.print(f"{len(layers)} of {shape.n_layer} layers have full attention and a budget; the others keep their sliding window")
+        console.print(f"{len(layers)} of {shape.n_layer} layers have full attention and a budget; the others stay as llama.cpp has them")
     lines = heat_map(budgets.head_kept_fraction(), layers, "kept, % of a head's evicted region", 1.0, console.width)
     if calibration is not None:
         top = max(float(calibration.errors.max()), 1e-9)

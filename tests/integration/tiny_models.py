@@ -43,8 +43,10 @@ class Tiny:
     """An architecture and what it needs beyond COMMON.
 
     layers: its number of layers; nextn: prediction layers behind them; moe: with experts; stored: the layers that the ragged store must hold (None: all); embd: size of
-    token embeddings, small where the graph multiplies them (else attention is lost beside them); positions: they are in the
-    embeddings; opaque: keys are rotated in a way that no table says; variant: of the architecture.
+    token embeddings, small where the graph multiplies them (else attention is lost beside them); qk: weights of
+    the norms of queries and keys; positions: they are in the
+    embeddings; opaque: keys are rotated in a way that no table says; recurrent: some layers are; sinks: attention has them; mixes:
+    llama.cpp's own logits of a sequence depend on the others; variant: of the architecture.
     """
 
     arch: str
@@ -54,8 +56,12 @@ class Tiny:
     moe: bool = False
     stored: tuple[int, ...] | None = None
     embd: float = 1.0
+    qk: float = 1.5
     positions: bool = False
     opaque: bool = False
+    recurrent: bool = False
+    sinks: bool = False
+    mixes: bool = False
     variant: str = ""
 
     @property
@@ -77,6 +83,8 @@ SWA: dict[str, Value] = {"attention.sliding_window": N_SWA, "attention.sliding_w
 SWA_ARRAY: dict[str, Value] = {"attention.sliding_window": N_SWA, "attention.sliding_window_pattern": [1, 0, 1, 0]}
 
 MROPE: dict[str, Value] = {"rope.dimension_sections": [8, 12, 12, 0]}
+SSM: dict[str, Value] = {"ssm.conv_kernel": 4, "ssm.inner_size": 512, "ssm.state_size": 16, "ssm.time_step_rank": 8, "ssm.group_count": 2}
+DELTA: dict[str, Value] = {**SSM, "ssm.inner_size": 256, "ssm.state_size": 64, "ssm.time_step_rank": 4, "full_attention_interval": 2}
 LORA: dict[str, Value] = {"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32}
 
 # Served architectures: one row a case.
@@ -157,6 +165,21 @@ SERVED = [
     Tiny("deepseek2-ocr", {"attention.head_count_kv": N_HEAD}, moe=True),
     # layers without attention
     Tiny("deci", {"attention.head_count": [4, 0, 4], "attention.head_count_kv": [2, 0, 2], "feed_forward_length": [128, 128, 128]}, layers=3, stored=(0, 2)),
+    # recurrent layers beside attention
+    Tiny("qwen35", {**DELTA, **MROPE}, layers=4, stored=(1, 3), recurrent=True),
+    Tiny("qwen35moe", {**DELTA, **MROPE}, layers=4, moe=True, stored=(1, 3), recurrent=True),
+    Tiny("qwen3next", DELTA, layers=4, moe=True, stored=(1, 3), recurrent=True),
+    Tiny("nemotron_h", {**SSM, "attention.head_count_kv": [0, 2, 0, 0, 2], "feed_forward_length": [0, 0, N_FF, 0, 0]}, layers=5, stored=(1, 4), recurrent=True),
+    Tiny("nemotron_h_moe", {**SSM, "attention.head_count_kv": [0, 2, 0, 0, 2], "feed_forward_length": [0, 0, N_FF, 0, 0]}, layers=5, moe=True,
+         stored=(1, 4), recurrent=True),
+    Tiny("granitehybrid", {**SSM, **GRANITE, "attention.head_count_kv": [0, 2, 0, 2]}, layers=4, stored=(1, 3), recurrent=True),
+    Tiny("lfm2", {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2, 0, 2]}, layers=4, stored=(1, 3), recurrent=True),
+    Tiny("lfm2moe", {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2, 0, 2]}, layers=4, moe=True, stored=(1, 3), recurrent=True),
+    Tiny("jamba", {**SSM, "attention.head_count_kv": [0, 2, 0, 2]}, layers=4, moe=True, stored=(1, 3), recurrent=True),
+    Tiny("plamo2", {**SSM, "ssm.group_count": 0, "attention.head_count_kv": [0, 2, 0, 2]}, layers=4, stored=(1, 3), recurrent=True,
+         mixes=True),
+    Tiny("falcon-h1", SSM, recurrent=True),
+    Tiny("minimax-01", {"full_attention_interval": 2, "residual_scale": 1.0}, layers=4, moe=True, stored=(1, 3), recurrent=True),
     # sliding-window and full attention mixed
     Tiny("gemma2", SWA, layers=4, stored=(1, 3)),
     Tiny("gemma3", SWA, layers=4, stored=(1, 3)),
@@ -179,8 +202,19 @@ SERVED = [
     Tiny("smallthinker", SWA, layers=4, moe=True, stored=(0, 2)),
     Tiny("smallthinker", moe=True, variant="full"),
     Tiny("llama4", {"interleave_moe_layer_step": 2}, layers=4, moe=True, stored=(3,)),
+    # learned attention sinks
+    Tiny("gpt-oss", {**SWA, "rope.dimension_count": 64}, layers=4, moe=True, stored=(1, 3), sinks=True),
+    Tiny("granite_swa", {**SWA_ARRAY, **GRANITE}, layers=4, stored=(1, 3), sinks=True),
+    Tiny("mimo2", {**SWA_ARRAY, "attention.key_length": 64, "attention.value_length": 32, "rope.dimension_count": 32,
+                   "attention.head_count_kv": [4, 2, 4, 2]}, layers=4, moe=True, stored=(1, 3), sinks=True),
     Tiny("step35", {**SWA_ARRAY, "attention.head_count": [8, 4, 8, 4], "attention.head_count_kv": [4, 2, 4, 2], "attention.key_length": 64,
                     "attention.value_length": 64}, layers=4, moe=True, stored=(1, 3)),
+    Tiny("gemma4", {**SWA_ARRAY, "embedding_length_per_layer_input": 0, "attention.shared_kv_layers": 0, "attention.head_count_kv": [2, 1, 2, 1],
+                    "attention.key_length": 128, "attention.value_length": 128, "attention.key_length_swa": 64, "attention.value_length_swa": 64,
+                    "rope.dimension_count": 128, "rope.dimension_count_swa": 64, "rope.freq_base_swa": 1e4}, layers=4, stored=(1, 3), embd=1 / 16, qk=0.5),
+    Tiny("gemma4", {**SWA_ARRAY, "embedding_length_per_layer_input": 32, "attention.shared_kv_layers": 0, "attention.key_length": 512,
+                    "attention.value_length": 512, "attention.key_length_swa": 256, "attention.value_length_swa": 256, "rope.dimension_count": 512,
+                    "rope.dimension_count_swa": 256}, layers=4, stored=(1, 3), embd=1 / 16, qk=0.25, variant="512"),
     Tiny("step35", SWA_ARRAY, layers=4, moe=True, nextn=1, stored=(1, 3), variant="nextn"),
 ]
 # What refused architectures ask for before the budgets are looked at, all together.
@@ -257,16 +291,19 @@ class _Tensor(ctypes.Structure):
     _fields_ = [("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4)]
 
 
-def _values(name: str, shape: tuple[int, ...], seed: int, embd: float) -> np.ndarray:
-    """Weights of a tensor by its name; shape as in numpy, the last dimension is what a matrix multiplies."""
+def _values(name: str, shape: tuple[int, ...], seed: int, tiny: Tiny, mute: bool = False) -> np.ndarray:
+    """Weights of a tensor by its name; shape as in numpy, the last dimension is what a matrix multiplies. mute: attention and
+    recurrent layers add nothing."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     kind = name.split(".")[2] if name.startswith("blk.") else name.split(".")[0]
+    if mute and kind in ("attn_output", "ssm_out", "shortconv") and name.endswith(".weight"):
+        return np.zeros(shape)
     if kind == "rope_freqs" or kind.startswith("rope_factors"):
         return np.ones(shape)
     if kind == "ssm_a":
         return -np.abs(rng.normal(0.5, 0.2, shape))
     if "norm" in kind and name.endswith(".weight"):
-        return np.full(shape, 1.5 if kind in ("attn_q_norm", "attn_k_norm") else 1.0)
+        return np.full(shape, tiny.qk if kind in ("attn_q_norm", "attn_k_norm") else 1.0)
     if kind in ("ssm_d", "layer_output_scale", "attn_scale", "ffn_scale") or name.endswith(".scale"):
         return np.ones(shape)
     if kind == "attn_sinks":
@@ -274,18 +311,21 @@ def _values(name: str, shape: tuple[int, ...], seed: int, embd: float) -> np.nda
     if len(shape) == 1 or name.endswith(".bias"):
         return rng.normal(0, 0.02, shape)
     if kind == "token_embd":
-        return rng.normal(0, embd, shape)
+        return rng.normal(0, tiny.embd, shape)
     if kind == "position_embd":
         return rng.normal(0, 0.3, shape)
     return rng.normal(0, (1.5 if kind in ("attn_q", "attn_k", "attn_qkv", "attn_q_b") else 1.0) / np.sqrt(shape[-1]), shape)
 
 
 class TinyModel:
-    """A llama_model of random weights, the same for the same row and seed. Raises RuntimeError with llama.cpp's log."""
+    """A llama_model of random weights, the same for the same row and seed. mute: attention and recurrent layers add nothing.
+    Raises RuntimeError
+    with llama.cpp's log."""
 
     _log: Any = None
 
-    def __init__(self, tiny: Tiny, seed: int = 3, extra: dict[str, Value] | None = None, keep_tensors: bool = False) -> None:
+    def __init__(self, tiny: Tiny, seed: int = 3, extra: dict[str, Value] | None = None, keep_tensors: bool = False,
+                 mute: bool = False) -> None:  # fmt: skip
         self.tiny, self.lines = tiny, []
         self.tensors: dict[str, np.ndarray] | None = {} if keep_tensors else None
         C = self.C = llama.load().llama_cpp
@@ -300,7 +340,7 @@ class TinyModel:
             shape = tuple(int(n) for n in reversed(tensor.ne))
             while len(shape) > 1 and shape[0] == 1:
                 shape = shape[1:]
-            values = np.ascontiguousarray(_values(name, shape, seed, tiny.embd), np.float32)
+            values = np.ascontiguousarray(_values(name, shape, seed, tiny, mute), np.float32)
             size = gguf.lib.ggml_nbytes(ctypes.c_void_p(address))
             assert tensor.type == 0 and values.nbytes == size, (name, shape, size)
             gguf.lib.ggml_backend_tensor_set(ctypes.c_void_p(address), values.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(0), ctypes.c_size_t(size))

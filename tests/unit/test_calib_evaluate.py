@@ -13,7 +13,7 @@ LAYOUT = Layout(block_size=4, group_size=16, window=12, sinks=4)
 KEEP = (1, 2, 4)
 
 
-def naive(q, queries, k, v, scale, softcap, layout, orders, keep_counts, counts):
+def naive(q, queries, k, v, scale, softcap, layout, orders, keep_counts, counts, sinks=None):
     """Error and dropped mass over the visible sets, token by token in float64."""
     error, dropped = np.zeros(q.shape[:2]), np.zeros(q.shape[:2])
     kept = [kept_tokens(o, keep_counts, counts) for o in orders]
@@ -22,11 +22,13 @@ def naive(q, queries, k, v, scale, softcap, layout, orders, keep_counts, counts)
             s = k[: query + 1].astype(np.float64) @ q[r, i].astype(np.float64) * scale
             if softcap:
                 s = softcap * np.tanh(s / softcap)
-            p = np.exp(s - s.max())
-            p /= p.sum()
+            top = s.max() if sinks is None else max(s.max(), sinks[r])
+            p = np.exp(s - top)
+            sink = 0.0 if sinks is None else np.exp(sinks[r] - top) / (p.sum() + np.exp(sinks[r] - top))
+            p *= (1 - sink) / p.sum()
             o = p @ v[: query + 1].astype(np.float64)
             seen = visible(layout, int(query), kept)
-            mass = p[seen].sum()
+            mass = p[seen].sum() + sink
             hat = p[seen] @ v[seen].astype(np.float64) / mass
             error[r, i] = np.linalg.norm(o - hat) / np.linalg.norm(o)
             dropped[r, i] = 1 - mass
@@ -59,6 +61,20 @@ def test_equals_the_definition(seed, softcap, sharp):
         np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
         np.testing.assert_allclose(got.dropped[c], dropped, atol=2e-6)
     assert got.error[:, :, :2].max() < 1e-6  # nothing is evicted yet
+
+
+def test_attention_sinks():
+    """A score without a value takes its share before and after selection, and the bound still holds."""
+    q, k, v = example(11, sharp=2.0)
+    queries = np.array([31, 48, 64, 89])
+    orders = orders_of(k, LAYOUT, LAYOUT.compacted(89))
+    configs, sinks = config_grid(LAYOUT.n_blocks, KEEP), np.array([-1.0, 2.5], np.float32)
+    got = head_errors(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, configs, equal_heads(0, len(q), v.shape[1]), sinks)
+    for c, counts in enumerate(configs):
+        error, dropped = naive(q[:, queries], queries, k, v, 0.35, 0.0, LAYOUT, orders, KEEP, counts, sinks)
+        np.testing.assert_allclose(got.error[c], error, atol=2e-5, rtol=2e-4)
+        np.testing.assert_allclose(got.dropped[c], dropped, atol=2e-6)
+    assert (got.bound >= got.error * (1 - 1e-4) - 1e-5).all()
 
 
 @pytest.mark.parametrize("keep", [(1, 2), (0, 4), (0, 1, 3), (0, 1, 2, 4)])

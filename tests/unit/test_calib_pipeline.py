@@ -149,7 +149,7 @@ class FakeSession:
         for layer in range(N_LAYER):
             if layer == self.skip_layer:
                 continue
-            qkv = SimpleNamespace(layer=layer, n_tokens=len(tokens), n_kv=self.n + self.n_kv_error, scale=0.35, softcap=0.0,
+            qkv = SimpleNamespace(layer=layer, n_tokens=len(tokens), n_kv=self.n + self.n_kv_error, scale=0.35, softcap=0.0, sinks=None,
                                   q=self.q[layer, :, first : self.n], k=self.k[layer, :, : self.n], v=self.v[layer, :, : self.n])  # fmt: skip
             try:
                 self.capture.callback(qkv)

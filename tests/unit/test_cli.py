@@ -26,7 +26,7 @@ from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
 from tca_gguf.errors import TcaError
 
-COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "generate", "chat", "bench", "eval", "demo", "exec")
+COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "models", "generate", "chat", "bench", "eval", "demo", "exec")
 
 
 @pytest.fixture
@@ -193,6 +193,21 @@ def test_docs_are_up_to_date():
         assert f"## {name}" in text
         for option in command.params:
             assert all(flag in text for flag in option.opts if flag.startswith("--")), (name, option.opts)
+
+
+def test_models_page_is_up_to_date() -> None:
+    from tca_gguf.cli import models
+
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert text == models.document(), "run: python -m tca_gguf.cli.docs models > docs/models.md"
+
+
+def test_models_are_listed() -> None:
+    rows = json.loads(run("models", "--json").output)["architectures"]
+    served = {row["architecture"] for row in rows if row["served"]}
+    assert {"llama", "qwen35", "gemma3", "glm4moe"} <= served and "deepseek4" not in served
+    assert all(row["remark"] for row in rows if not row["served"])
+    assert "architectures are served" in run("models").output
 
 
 def test_embed_in_place(plain, calibrated):

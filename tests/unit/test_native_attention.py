@@ -13,7 +13,7 @@ from tca_gguf.errors import TcaError
 TYPES = [T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0]
 
 
-def exact(q, k, v, scale, softcap=0.0):
+def exact(q, k, v, scale, softcap=0.0, sinks=None):
     """q [t, h, dk], k and v one [n, d] a KV head -> [t, h, dv] in float64, and the same maths in float32.
 
     Sums run one after another (cumsum), as in a plain loop; numpy's own are pairwise and so more exact than any kernel.
@@ -32,13 +32,15 @@ def exact(q, k, v, scale, softcap=0.0):
                 s = total(kh[:n] * q[token, head].astype(dtype), 1) * dtype(scale)
                 if softcap:
                     s = dtype(softcap) * np.tanh(s / dtype(softcap))
-                p = np.exp(s - s.max())
-                out[token, head] = total(p[:, None] * vh[:n], 0) / total(p, 0)
+                top = s.max() if sinks is None else max(s.max(), dtype(sinks[head]))
+                p = np.exp(s - top)
+                sink = 0 if sinks is None else np.exp(dtype(sinks[head]) - top)
+                out[token, head] = total(p[:, None] * vh[:n], 0) / (total(p, 0) + sink)
         results.append(out)
     return results
 
 
-def check(q, k, v, type_k, type_v, scale, softcap=0.0, n_threads=1):
+def check(q, k, v, type_k, type_v, scale, softcap=0.0, n_threads=1, sinks=None):
     def stored(x, kind):
         raw = [quantize(np.ascontiguousarray(region, np.float32), kind) if len(region) else np.zeros((0, 1), np.uint8) for region in x]
         return raw, [dequantize(r, kind) if len(r) else np.zeros((0, x[0].shape[1])) for r in raw]
@@ -46,10 +48,10 @@ def check(q, k, v, type_k, type_v, scale, softcap=0.0, n_threads=1):
     raw_k, k_ = stored(k, type_k)
     raw_v, v_ = stored(v, type_v)
     lengths = [len(region) for region in k]
-    want, low = exact(q.astype(np.float32), k_, v_, np.float32(scale), softcap)
+    want, low = exact(q.astype(np.float32), k_, v_, np.float32(scale), softcap, sinks)
     for impl in ("cpu", "reference"):
         out = native.attention(q, b"".join(r.tobytes() for r in raw_k), b"".join(r.tobytes() for r in raw_v), int(type_k), int(type_v), lengths,
-                               q.shape[2], v[0].shape[1], scale, softcap, n_threads, impl)
+                               q.shape[2], v[0].shape[1], scale, softcap, n_threads, impl, sinks)
         assert np.isfinite(out).all()
         error = np.abs(out - want)
         allowed = 2 * np.abs(low - want).max() + 1e-6 * np.abs(want).max()
@@ -129,3 +131,17 @@ def test_heads_that_do_not_divide() -> None:
     region = [np.zeros((4, 32), np.float32)] * 2
     with pytest.raises(TcaError, match="multiple of n_head_kv"):
         native.attention(np.zeros((1, 3, 32)), region, region, 0, 0, [4, 4], 32, 32, 1.0)
+
+
+@pytest.mark.parametrize("t", [1, 5, 70])
+def test_attention_sinks(t):
+    """Weak ones, strong ones and ones that take everything: in decode, in two passes over chunks, and in prefill."""
+    q, k, v = arrays(21, t, 4, [1100, 83], 64)
+    sinks = np.array([-1e4, -2, 0, 1, 3, 8, 40, 200], np.float32)
+    check(q, k, v, T.F32, T.F32, 0.3, sinks=sinks)
+    check(q, k, v, T.F16, T.F16, 0.3, softcap=20.0, n_threads=2, sinks=sinks)
+    raw = b"".join(r.astype(np.float32).tobytes() for r in k), b"".join(r.astype(np.float32).tobytes() for r in v)
+    everything = native.attention(q, *raw, 0, 0, [1100, 83], 64, 64, 0.3, sinks=np.full(8, 1e4, np.float32))
+    assert (everything == 0).all()
+    with pytest.raises(TcaError, match="sinks has shape"):
+        native.attention(q, *raw, 0, 0, [1100, 83], 64, 64, 0.3, sinks=[0.0])
