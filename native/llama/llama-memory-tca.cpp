@@ -4,6 +4,9 @@
 #include "tca-hash.h"
 #include "tca-io.h"
 
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-model.h"
 #include "llama-graph.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -19,7 +22,7 @@ static constexpr llama_pos POS_END     = std::numeric_limits<llama_pos>::max();
 
 llama_memory_tca::llama_memory_tca(const llama_model & model, const llama_cparams & cparams, ggml_type type_k, ggml_type type_v,
         llama_tca_rest rest, bool swa_full) :
-        rest(std::move(rest)), n_lead(swa_full ? 0 : this->rest.n_swa), store(model, cparams, type_k, type_v), fingerprint(store.fingerprint()),
+        cparams(cparams), causal_always(model.hparams.non_causal_type == LLAMA_NON_CAUSAL_TYPE_SWA_ONLY), rest(std::move(rest)), n_lead(swa_full ? 0 : this->rest.n_swa), store(model, cparams, type_k, type_v), fingerprint(store.fingerprint()),
         streams(store.n_stream()), held(store.n_stream()) {
 }
 
@@ -39,8 +42,9 @@ bool llama_memory_tca::holds_batch(const llama_batch & batch, std::vector<uint32
         for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
             const llama_seq_id id = batch.seq_id[i][j];
             if (next_pos[id] >= 0 && batch.pos[i] != next_pos[id]) {  // llama.cpp itself lets a position occur twice
-                LLAMA_LOG_ERROR("tca: position %d of sequence %d does not follow %lld; the ragged cache needs consecutive positions\n",
-                        batch.pos[i], id, (long long) next_pos[id] - 1);
+                LLAMA_LOG_ERROR("tca: position %d of sequence %d does not follow %lld; the ragged cache needs consecutive positions%s\n",
+                        batch.pos[i], id, (long long) next_pos[id] - 1, batch.embd == nullptr ? "" :
+                        ", which the images of this model do not have: load with --override-kv tca.enabled=bool:false to use them");
                 return false;
             }
             next_pos[id] = (int64_t) batch.pos[i] + 1;
@@ -73,6 +77,11 @@ llama_memory_context_ptr llama_memory_tca::init_batch(llama_batch_allocr & ballo
     const auto failed = [this] {
         return std::make_unique<llama_memory_tca_context>(this, nullptr, LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     };
+    if (!cparams.causal_attn && !causal_always) {
+        LLAMA_LOG_ERROR("tca: this batch attends in both directions, as the images of some models do, and the ragged cache is causal; "
+                "load with --override-kv tca.enabled=bool:false to use images\n");
+        return std::make_unique<llama_memory_tca_context>(this, nullptr, LLAMA_MEMORY_STATUS_FAILED_COMPUTE);
+    }
     if (queue.empty()) {
         for (size_t s = 0; s < streams.size(); ++s) {
             held[s] = { streams[s].state, streams[s].stash };

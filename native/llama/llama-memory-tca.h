@@ -94,6 +94,8 @@ private:
         uint32_t        n_tokens;  // UNDO: that stay
     };
 
+    const llama_cparams & cparams;      // of the context, which may change causal_attn between batches
+    const bool        causal_always;    // whether attention in both directions concerns the sliding-window layers alone
     llama_tca_rest    rest;
     const uint32_t    n_lead;       // see seq_pos_min
     mutable llama_tca_store store;

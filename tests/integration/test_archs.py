@@ -5,6 +5,7 @@ One case: pytest tests/integration/test_archs.py -k 'minimax-m2'.
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,12 @@ N = 300  # tokens: three groups are compacted
 EVERY = 29
 EARLY = 4  # rows of logits of tokens before the first compaction: 0, 29, 58, 87
 TOLERANCE = 2e-4  # of the largest logit: f32 sums in another order through all layers; up to 2e-5 was seen
+
+
+def budgets_of(model: TinyModel, heads: object) -> Budgets:
+    """heads: head_config of the stored layers."""
+    return Budgets(version=1, block_size=BLOCK, group_size=GROUP, window=WINDOW, sinks=SINKS, metric="key-diff", keep_counts=KEEP_COUNTS,
+                   configs=CONFIGS, head_config=model.heads(heads), kept_fraction=0.5)  # fmt: skip
 
 
 class Case:
@@ -46,8 +53,7 @@ class Case:
             self.positions = c.positions()
 
     def make(self, heads: object) -> Budgets:
-        return Budgets(version=1, block_size=BLOCK, group_size=GROUP, window=WINDOW, sinks=SINKS, metric="key-diff", keep_counts=KEEP_COUNTS,
-                       configs=CONFIGS, head_config=self.model.heads(heads), kept_fraction=0.5)  # fmt: skip
+        return budgets_of(self.model, heads)
 
     def context(self, budgets: Budgets | None, **settings: object) -> Context:
         self.model.set_budgets(budgets)
@@ -296,6 +302,52 @@ def test_calibration_knows_the_shape(name: str, tmp_path: Path, monkeypatch: pyt
 def test_budgets_of_another_shape_are_refused(heads: list[int], words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         TinyModel(BY_NAME["qwen35"], extra={**BUDGETS, "tca.head_config": heads})
+
+
+def test_attention_in_both_directions() -> None:
+    """What the images of Gemma 3 ask for is refused in one line; Gemma 4's concern the sliding-window layers alone and are served."""
+    model = TinyModel(BY_NAME["gemma3"])
+    model.set_budgets(budgets_of(model, DENSE))
+    with Context(model) as c:
+        c.feed(list(range(40)))
+        c.C.llama_set_causal_attn(c.ctx, False)
+        assert c.batch([(i, 40 + i, [0], i == 19) for i in range(20)]) < 0 and c.pos_max() == 39
+        assert sum("attends in both directions" in line and "tca.enabled=bool:false" in line for line in c.lines) == 1
+        c.C.llama_set_causal_attn(c.ctx, True)
+        assert c.batch([(i, 40 + i, [0], i == 19) for i in range(20)]) == 0
+    model.close()
+    model, logits = TinyModel(BY_NAME["gemma4"]), []
+    for budgets in (None, budgets_of(model, DENSE)):
+        model.set_budgets(budgets)
+        with Context(model) as c:
+            c.feed(list(range(40)))
+            c.C.llama_set_causal_attn(c.ctx, False)
+            assert c.batch([(i, 40 + i, [0], i == 9) for i in range(20)]) == 0
+            logits.append(c.logits(9))
+    assert near(logits[1], logits[0])
+    model.close()
+
+
+def test_images_of_several_positions_are_refused() -> None:
+    """The tokens of an image of Qwen-VL share their first position."""
+    model = TinyModel(BY_NAME["qwen3vl"])
+    model.set_budgets(budgets_of(model, DENSE))
+    with Context(model) as c:
+        c.feed(list(range(40)))
+        batch = c.C.llama_batch_init(4, 256, 1)
+        batch.n_tokens = 4
+        positions = (ctypes.c_int32 * 16)(*[40] * 8, 40, 41, 40, 41, *[0] * 4)  # time, height, width, nothing, each for every token
+        own = ctypes.cast(batch.pos, ctypes.c_void_p).value
+        batch.pos = ctypes.cast(positions, type(batch.pos))
+        for i in range(4):
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == 3
+        ctypes.memset(batch.embd, 0, 4 * 256 * 4)
+        assert c.C.llama_decode(c.ctx, batch) != 0 and c.pos_max() == 39
+        batch.pos = ctypes.cast(own, type(batch.pos))
+        c.C.llama_batch_free(batch)
+        assert any("images of this model" in line and "tca.enabled=bool:false" in line for line in c.lines)
+        assert np.isfinite(c.feed([1, 2, 3])).all()
+    model.close()
 
 
 # Architectures that llama.cpp itself refuses with these keys: it has no graph, or they are no model of their own.
