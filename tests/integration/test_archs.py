@@ -236,6 +236,21 @@ def test_state_is_restored(case: Case) -> None:
         assert same_positions(b.positions(), case.positions)
 
 
+@pytest.mark.parametrize("further", [10, 20])
+def test_checkpoint_and_restore(case: Case, further: int) -> None:
+    """A partial state, as llama-server keeps one at user turns, is restored over the sequence after it went on: before the next
+    compaction (at 256 tokens) and over it."""
+    at = 240
+    with case.context(case.budgets, n_ubatch=64) as c:
+        c.feed(case.ids[:at])
+        saved = c.save(0, partial=True)
+        c.feed(case.ids[:further])  # another text
+        assert c.sequence()[1] == 2 + (further > 16)
+        assert c.load(saved, 0, partial=True) == len(saved) and c.pos_max() == at - 1
+        assert near(c.feed(case.ids[at:]), case.logits[-1])
+        assert same_positions(c.positions(), case.positions)
+
+
 def side_by_side(case: Case, c: Context) -> np.ndarray:
     """Feeds the text to sequence 0 and its parts backwards to sequence 1, in common batches. Last logits of sequence 0."""
     for at in range(0, N, 100):
