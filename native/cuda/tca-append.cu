@@ -18,6 +18,14 @@ static __device__ void store_row(const float * src, char * dst, int type, int n,
             }
             break;
         case GGML_TYPE_F16:
+            if (((uintptr_t) src | (uintptr_t) dst) % 16 == 0 && n % 4 == 0) {
+                for (int i = lane; i < n/4; i += 32) {
+                    const float4 x = ((const float4 *) src)[i];
+                    ((half2 *) dst)[2*i]     = __floats2half2_rn(x.x, x.y);
+                    ((half2 *) dst)[2*i + 1] = __floats2half2_rn(x.z, x.w);
+                }
+                break;
+            }
             for (int i = lane; i < n; i += 32) {
                 ((half *) dst)[i] = __float2half_rn(src[i]);
             }
@@ -79,22 +87,26 @@ static __device__ void store_row(const float * src, char * dst, int type, int n,
     }
 }
 
-// grid (tokens, n_seqs), one warp a KV head in turn
+// grid (tokens, n_seqs), one warp a row of K or V in turn
 static __global__ void append_kernel(tca_store s, append_args a) {
     ggml_cuda_pdl_lc();
-    ggml_cuda_pdl_sync();
     const int seq  = blockIdx.y;
     const int lane = threadIdx.x;
-    for (int head = threadIdx.y; head < s.n_head_kv; head += blockDim.y) {
-        const int32_t * d = tca_region(s, seq, head);
-        const int count = d[TCA_DESC_COUNT];
+    for (int i = threadIdx.y; i < 2*s.n_head_kv; i += blockDim.y) {
+        const int       head  = i/2;
+        const int32_t * d     = tca_region(s, seq, head);
+        const int       count = d[TCA_DESC_COUNT], token0 = d[TCA_DESC_TOKEN], pos0 = d[TCA_DESC_POS];
+        const int64_t   slot0 = (int64_t) d[TCA_DESC_OFFSET] + d[TCA_DESC_PAST];
+        ggml_cuda_pdl_sync();  // before it only the descriptor was read, which is an input of the graph
         for (int t = blockIdx.x; t < count; t += gridDim.x) {
-            const int64_t token = d[TCA_DESC_TOKEN] + t;
-            const int64_t slot  = (int64_t) d[TCA_DESC_OFFSET] + d[TCA_DESC_PAST] + t;
-            store_row(a.k_cur + head*a.k_head + token*a.k_token, s.k + slot*s.nb_k, s.type_k, a.dk, lane);
-            store_row(a.v_cur + head*a.v_head + token*a.v_token, s.v + slot*s.nb_v, s.type_v, a.dv, lane);
-            if (lane == 0) {
-                a.pos[slot] = d[TCA_DESC_POS] + t;
+            const int64_t token = token0 + t, slot = slot0 + t;
+            if (i % 2) {
+                store_row(a.v_cur + head*a.v_head + token*a.v_token, s.v + slot*s.nb_v, s.type_v, a.dv, lane);
+            } else {
+                store_row(a.k_cur + head*a.k_head + token*a.k_token, s.k + slot*s.nb_k, s.type_k, a.dk, lane);
+                if (lane == 0) {
+                    a.pos[slot] = pos0 + t;
+                }
             }
         }
     }
@@ -107,5 +119,6 @@ void tca_cuda_append(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         k_cur->nb[1]/sizeof(float), k_cur->nb[2]/sizeof(float), v_cur->nb[1]/sizeof(float), v_cur->nb[2]/sizeof(float),
         (int32_t *) pos->data, (int) k->ne[0], (int) v->ne[0] };
     const int64_t tokens = (k_cur->ne[2] + s.n_seqs - 1)/s.n_seqs;
-    ggml_cuda_kernel_launch(append_kernel, ggml_cuda_kernel_launch_params(dim3(tokens, s.n_seqs), dim3(32, std::min(s.n_head_kv, 8)), 0, ctx.stream()), s, a);
+    ggml_cuda_kernel_launch(append_kernel, ggml_cuda_kernel_launch_params(dim3(tokens, s.n_seqs), dim3(32, std::min(2*s.n_head_kv, 16)), 0,
+        ctx.stream()), s, a);
 }
