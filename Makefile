@@ -1,4 +1,4 @@
-# make demo | make test | make asan: each does its own set-up in .venv. README.md shows what they print.
+# make demo | make test | make asan | make wheel | make cross: each does its own set-up in .venv. README.md shows what they print.
 #
 # Needs Python 3.10+ with venv and headers, a C++ compiler, and git or patch; .ci/setup names what is missing.
 # TCA_SDIST=/path/llama_cpp_python-X.tar.gz builds without downloading the source; CMAKE_ARGS passes options on.
@@ -10,12 +10,14 @@ export PYTHON VENV
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find native cmake tca_gguf calib -type f -not -path '*/__pycache__/*')
 
-.PHONY: help demo test asan dev clean
+.PHONY: help demo test asan dev wheel cross clean
 help:
 	@echo 'make demo   build, then dense against TCA on a small real model'
 	@echo 'make test   build, then all tests of the Python package and the runtime'
 	@echo 'make asan   the native tests under the address and undefined-behaviour sanitizers'
 	@echo 'make dev    build for development: Python files are used from the checkout'
+	@echo 'make wheel  dist/: one wheel that needs no compiler and runs on any x86-64 Linux'
+	@echo 'make cross  the native tests for aarch64, cross-built and run by qemu-user'
 	@echo 'make clean  remove build/ and $(VENV)/'
 
 # One stamp for each set of extras: nothing is rebuilt while no source file is newer.
@@ -36,6 +38,12 @@ asan:
 dev:
 	@.ci/setup editable test,plot,server
 	@rm -f $(VENV)/installed-*
+
+wheel:
+	@.ci/setup wheel
+
+cross:
+	@.ci/setup cross aarch64-linux-gnu
 
 clean:
 	rm -rf build $(VENV)

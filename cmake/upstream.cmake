@@ -35,6 +35,15 @@ set(ENV{GIT_CEILING_DIRECTORIES} ${TCA_LLAMA_DIR})
 set(LLAMA_BUILD_NUMBER 0)
 set(LLAMA_BUILD_COMMIT ${TCA_UPSTREAM_COMMIT})
 
+# Layers on other machines, and ggml-rpc-server: on unless the user says otherwise. A build folder from before this default holds
+# upstream's, OFF, which nobody chose.
+if(NOT DEFINED CACHE{TCA_RPC_DEFAULT})
+    if(NOT DEFINED CACHE{GGML_RPC} OR DEFINED CACHE{GGML_ALL_WARNINGS_3RD_PARTY})
+        set(GGML_RPC ON CACHE BOOL "ggml: use RPC" FORCE)
+    endif()
+    set(TCA_RPC_DEFAULT ON CACHE INTERNAL "GGML_RPC got its default")
+endif()
+
 # Options of ours; everything else keeps upstream's default and can be set from CMAKE_ARGS.
 set(BUILD_SHARED_LIBS    ON  CACHE BOOL "" FORCE)
 set(LLAMA_CURL           OFF CACHE BOOL "" FORCE)

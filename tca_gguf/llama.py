@@ -50,12 +50,16 @@ def lib_dir() -> Path:
     return package_dir() / "lib"
 
 
+_RENAMED = {"rpc-server": "ggml-rpc-server"}  # what llama.cpp called it, and its documentation still does
+
+
 def program(name: str) -> Path:
     """Path of one of llama.cpp's programs built from the same tree: llama-bench, llama-server, ..."""
     folder = package_dir() / "bin"
-    path = folder / (f"{name}.exe" if sys.platform == "win32" else name)
+    file = _RENAMED.get(name, name)
+    path = folder / (f"{file}.exe" if sys.platform == "win32" else file)
     if not path.is_file():
-        there = sorted(entry.stem for entry in folder.glob("llama-*")) if folder.is_dir() else []
+        there = sorted(entry.stem for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
         raise TcaError(f"{name} is not in {folder}; " + (f"it has {', '.join(there)}" if there else
                        "reinstall without -DTCA_BUILD_PROGRAMS=OFF in CMAKE_ARGS"))
     return path

@@ -25,16 +25,21 @@ def subclass(base: type) -> type:
         return base
 
     class Llama(base):  # type: ignore[misc, valid-type]
-        """llama_cpp.Llama with checkpoints. One argument more:
+        """llama_cpp.Llama with checkpoints. Two arguments more:
 
         checkpoint_bytes: host memory that checkpoints may take, in bytes; 0: none. [default: TCA_CHECKPOINT_MIB, else 512 MiB]
+        rpc_servers: "host:port,...", machines that may take layers (tca_gguf.remote).
 
         `prefix.last` says what the last prompt took, `checkpoints` what is kept. With a cache that takes back any number of
         tokens (no budgets, plain attention) no checkpoints are made.
         """
 
-        def __init__(self, model_path: str, *, checkpoint_bytes: int | None = None, **kwargs: Any) -> None:
+        def __init__(self, model_path: str, *, checkpoint_bytes: int | None = None, rpc_servers: str | None = None, **kwargs: Any) -> None:
             checkpoints = Checkpoints(checkpoint_bytes)  # a bad bound is refused before the model is loaded
+            if rpc_servers:
+                from tca_gguf.remote import add_servers
+
+                add_servers(rpc_servers)
             super().__init__(model_path, **kwargs)
             # llama.cpp rounds n_ctx up to a multiple of 256; the layer keeps arrays of the n_ctx that was asked for, and a text
             # that passes it ends in a numpy error

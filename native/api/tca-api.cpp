@@ -23,20 +23,20 @@ const char * tca_last_error(void) {
 }
 
 const char * tca_build_info(void) {
-    static const auto text = [](const char * simd) { return std::string(
+    static const auto text = [](const char * simd, const std::string & library) { return std::string(
         "{\"version\": \"" TCA_PACKAGE_VERSION "\", \"upstream\": \"" TCA_UPSTREAM "\", \"upstream_commit\": \"" TCA_UPSTREAM_COMMIT
-        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": \"") + simd +
+        "\", \"patch\": \"" TCA_PATCH_HASH "\", \"compiler\": \"" TCA_COMPILER "\", \"simd\": \"") + simd + "\", \"cpu\": \"" + library +
 #ifdef TCA_USE_CUDA
         "\", \"cuda\": true}"; };
 #else
         "\", \"cuda\": false}"; };
 #endif
     const tca_cpu_functions * cpu = tca_cpu_functions_get();
-    if (cpu == nullptr) {  // not loaded yet
-        static const std::string info = text("none");
+    if (cpu == nullptr) {
+        static const std::string info = text("none", "");
         return info.c_str();
     }
-    static const std::string info = text(cpu->simd());
+    static const std::string info = text(cpu->simd(), tca_cpu_library());
     return info.c_str();
 }
 

@@ -55,8 +55,8 @@ typedef enum tca_status {
 // Text of the last failure on this thread; "" if there was none.
 TCA_API const char * tca_last_error(void);
 
-// One JSON object: {"version", "upstream", "upstream_commit", "patch", "compiler", "simd", "cuda"}. Static storage.
-// simd: what the CPU backend was compiled for, "none" before one is loaded.
+// One JSON object: {"version", "upstream", "upstream_commit", "patch", "compiler", "simd", "cpu", "cuda"}. Static storage.
+// simd: what the CPU backend was compiled for, "none" if there is none; cpu: its file, which names the variant that was chosen.
 TCA_API const char * tca_build_info(void);
 
 // ---- budgets ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 #include "llama-memory-tca.h"
 #include "tca-archs.h"
+#include "tca-cpu-backend.h"
 
 #include "llama-arch.h"
 #include "llama-cparams.h"
@@ -231,10 +232,12 @@ static void say_on(const llama_memory_tca & memory, const llama_cparams & cparam
     const std::string slots = store.n_stream() == 1 ? format("%u tokens", plan.n_ctx_seq) : cparams.kv_unified ?
         format("%u tokens that %u sequences share", plan.n_ctx_seq, store.n_stream()) :
         format("%u sequences of %u tokens each", store.n_stream(), plan.n_ctx_seq);
+    const tca_cpu_functions * functions = tca_cpu_functions_get();
+    const std::string cpu = functions ? format("%s (%s)", functions->simd(), tca_cpu_library().c_str()) : "none";
     LLAMA_LOG_WARN("tca: ragged KV cache on: %.2f MiB instead of %.2f MiB dense (%.1f%%) for %s; K %s, V %s; %u of %u layers have "
-            "budgets; metric %s, window %u, sinks %u\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
+            "budgets; metric %s, window %u, sinks %u; CPU kernels %s\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
             100.0*bytes.allocated/bytes.stock, slots.c_str(), ggml_type_name(params.type_k), ggml_type_name(params.type_v),
-            n_stored, plan.n_layer(), plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks);
+            n_stored, plan.n_layer(), plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks, cpu.c_str());
 }
 
 static thread_local bool want_stock = false;  // create_memory() is asked for a stock memory by us

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan/tca-plan.h"
+#include "tca-remote.h"
 
 #include <memory>
 

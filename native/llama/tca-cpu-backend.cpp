@@ -1,6 +1,13 @@
 #include "tca-cpu-backend.h"
 
+#if !defined(_WIN32)
+#    include <dlfcn.h>
+#endif
+
 static ggml_backend_dev_t device() {
+    if (ggml_backend_reg_count() == 0) {  // as llama_backend_init() does
+        ggml_backend_load_all();
+    }
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
@@ -12,6 +19,18 @@ static void * function(const char * name) {
 const tca_cpu_functions * tca_cpu_functions_get() {
     const auto get = (tca_cpu_functions_fn) function("tca_cpu_functions");
     return get ? get() : nullptr;
+}
+
+std::string tca_cpu_library() {
+#if !defined(_WIN32)
+    Dl_info info;
+    const tca_cpu_functions * functions = tca_cpu_functions_get();
+    if (functions && dladdr((const void *) functions->simd, &info) != 0 && info.dli_fname != nullptr) {
+        const std::string path = info.dli_fname;
+        return path.substr(path.rfind('/') + 1);
+    }
+#endif
+    return "";
 }
 
 ggml_backend_ptr tca_cpu_backend_new(int n_threads) {

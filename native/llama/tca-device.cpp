@@ -1,6 +1,7 @@
 #include "tca-device.h"
 
 #include "metrics/tca-metric.h"
+#include "rpc/tca-rpc.h"
 
 #include "ggml-cpp.h"
 
@@ -67,14 +68,25 @@ std::string tca_device_problem(ggml_backend_dev_t dev, const tca_layer_shape & s
     const std::string advice = "; keep the KV cache on the CPU (--no-kv-offload), keep the layers there (-ngl 0), or load with "
         "--override-kv tca.enabled=bool:false";
     ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
-    if (reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0) {
+    const bool remote = reg && strcmp(ggml_backend_reg_name(reg), "RPC") == 0;
+    const auto server = remote ? (tca_rpc_status_fn) ggml_backend_reg_get_proc_address(reg, "tca_rpc_status") : nullptr;
+    if (remote && server == nullptr) {
         // such a device takes every node that it is asked about, whatever runs at the other end
-        return device + " is another machine, which the ragged cache does not use yet" + advice;
+        return device + " is reached by an RPC backend that is not of this build" + advice;
     }
     const probe_nodes nodes(s, &params);
     bool runs = ggml_backend_dev_supports_op(dev, nodes.append);
     for (ggml_tensor * node : nodes.others) {
         runs = runs && ggml_backend_dev_supports_op(dev, node);
+    }
+    if (remote && !runs) {
+        const std::string start = "; start it there with: tca-gguf exec rpc-server";
+        switch (server(ggml_backend_dev_description(dev))) {
+            case TCA_RPC_LOST:        return device + ": the server is gone";
+            case TCA_RPC_FOREIGN:     return device + ": the server there is not tca-gguf's" + start + advice;
+            case TCA_RPC_OTHER_BUILD: return device + ": the server there is another build of tca-gguf; install the same on both machines" + advice;
+            case TCA_RPC_SAME_BUILD:  break;  // it cannot run them
+        }
     }
     return runs ? "" : device + " cannot run the TCA ops with this model (" + std::to_string(s.n_head) + " heads over " +
         std::to_string(s.n_head_kv) + " KV heads of " + std::to_string(s.head_dim_k) + (s.sinks ? ", with attention sinks" : "") + "), K " + ggml_type_name(s.type_k) + ", V " +

@@ -7,6 +7,7 @@
 #include "metrics/tca-metric.h"
 #include "ops/tca-ops.h"
 #include "plan/tca-plan.h"
+#include "rpc/tca-rpc.h"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
@@ -349,7 +350,23 @@ TEST(devices_are_asked_with_the_layers_real_shapes) {
 TEST(another_machine_is_refused_without_being_sent_a_node) {
     fake_device rpc("RPC", [](const ggml_tensor *) { return true; });
     const std::string problem = problem_of(rpc, PLAIN);
-    CHECK(problem.find("is another machine") != std::string::npos && rpc.n_asked == 0, "%s", problem.c_str());
+    CHECK(problem.find("an RPC backend that is not of this build") != std::string::npos && rpc.n_asked == 0, "%s", problem.c_str());
+
+    // with a backend of ours, the server's greeting decides
+    static tca_rpc_status status;
+    status = TCA_RPC_SAME_BUILD;
+    rpc.reg.iface.get_proc_address = [](ggml_backend_reg_t, const char * name) {
+        const tca_rpc_status_fn fn = [](const char * endpoint) { return strcmp(endpoint, "a device of the tests") == 0 ? status : TCA_RPC_LOST; };
+        return strcmp(name, "tca_rpc_status") == 0 ? (void *) fn : nullptr;
+    };
+    CHECK(problem_of(rpc, PLAIN).empty(), "%s", problem_of(rpc, PLAIN).c_str());
+    rpc.supports = [](const ggml_tensor *) { return false; };
+    for (const auto & [is, says] : { std::make_pair(TCA_RPC_FOREIGN, "is not tca-gguf's; start it there with: tca-gguf exec rpc-server"),
+            std::make_pair(TCA_RPC_OTHER_BUILD, "another build of tca-gguf"), std::make_pair(TCA_RPC_LOST, "the server is gone"),
+            std::make_pair(TCA_RPC_SAME_BUILD, "cannot run the TCA ops") }) {
+        status = is;
+        CHECK(problem_of(rpc, PLAIN).find(says) != std::string::npos, "%s", problem_of(rpc, PLAIN).c_str());
+    }
 }
 
 int main(int argc, char ** argv) {

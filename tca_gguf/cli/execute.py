@@ -9,7 +9,10 @@ import click
 
 from tca_gguf.errors import TcaError
 
-PROGRAMS = ("llama-server", "llama-completion", "llama-bench", "llama-perplexity")
+PROGRAMS = (
+    "llama-server", "llama-cli", "llama-completion", "llama-mtmd-cli", "llama-bench", "llama-perplexity", "llama-quantize", "llama-imatrix",
+    "llama-gguf-split", "rpc-server",
+)  # fmt: skip
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False, options_metavar="")
@@ -19,8 +22,9 @@ PROGRAMS = ("llama-server", "llama-completion", "llama-bench", "llama-perplexity
 def execute(ctx: click.Context, program: str | None, args: tuple[str, ...]) -> None:
     """Run one of llama.cpp's own programs over the patched runtime.
 
-    llama-server, llama-completion, llama-bench and llama-perplexity use the budgets of the model file. All arguments
-    go to the program; `--override-kv tca.enabled=bool:false` switches to the stock cache.
+    llama-server, llama-cli, llama-completion, llama-mtmd-cli, llama-bench and llama-perplexity use the budgets of the model file.
+    Beside them there are llama-quantize, llama-imatrix, llama-gguf-split and rpc-server. All arguments go to the program;
+    `--override-kv tca.enabled=bool:false` switches to the stock cache.
 
     \b
     Example:

@@ -63,7 +63,7 @@ def budgets(**changes: object) -> Budgets:
 
 def test_build_info() -> None:
     info = native.build_info()
-    assert set(info) == {"version", "upstream", "upstream_commit", "patch", "compiler", "simd", "cuda"}
+    assert set(info) == {"version", "upstream", "upstream_commit", "patch", "compiler", "simd", "cpu", "cuda"}
     assert info["upstream"].startswith("llama-cpp-python ")
 
 

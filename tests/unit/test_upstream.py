@@ -340,7 +340,7 @@ def test_the_series_of_this_repository() -> None:
     ("options", "words"),
     [
         (["-DTCA_SDIST=/nowhere/x.tar.gz"], "TCA_SDIST: there is no file /nowhere/x.tar.gz"),
-        (["-DGGML_BACKEND_DL=ON"], "GGML_BACKEND_DL=ON is not supported"),
+        (["-DGGML_BACKEND_DL=ON", "-DTCA_BUILD_TESTS=ON"], "TCA_BUILD_TESTS=ON needs backends that are linked"),
         (["-DBUILD_SHARED_LIBS=OFF"], "BUILD_SHARED_LIBS=OFF is not supported"),
         (["-DTCA_LLAMA_DIR=/nowhere"], "/nowhere is not a llama.cpp tree"),
     ],
