@@ -43,6 +43,12 @@ def output_grams(model_path: str | os.PathLike[str]) -> Grams:
             weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         except NotImplementedError:
             raise TcaError(f"{os.fspath(model_path)}: {name} has type {tensor.tensor_type.name}, which gguf cannot read; --cost head does without it") from None
+        latent = tensors.get(f"blk.{layer}.attn_v_b.weight")
+        if latent is not None and weights.ndim == 2 and weights.shape[1] % n_head == 0:
+            # latent attention: a head's values are made from latent ones, [n_head, head, head_dim_v], before the projection
+            expand = dequantize(latent.data, latent.tensor_type).astype(np.float32, copy=False).reshape(n_head, -1, head_dim_v)
+            heads = weights.reshape(len(weights), n_head, -1).transpose(1, 0, 2)
+            return expand.transpose(0, 2, 1) @ (heads.transpose(0, 2, 1) @ heads) @ expand
         if weights.ndim != 2 or weights.shape[1] != n_head * head_dim_v:
             raise TcaError(f"{os.fspath(model_path)}: {name} is {weights.shape}, not [n_embd, {n_head} heads of {head_dim_v}]")
         heads = weights.reshape(len(weights), n_head, head_dim_v).transpose(1, 0, 2)

@@ -335,7 +335,7 @@ def _shape(ask: Callable[..., int], of: Any) -> ModelShape:
 @dataclass(frozen=True)
 class Architecture:
     """One of llama.cpp's architectures. name: value of ``general.architecture``; inputs: which kinds of attention layers are
-    served, of "kv" (every layer alike), "iswa" (some slide), "hybrid" (some are recurrent), none if it is refused; remark: why, or
+    served, of "kv" (every layer alike), "iswa" (some slide), "hybrid" (some are recurrent), "latent" (MLA), none if it is refused; remark: why, or
     what to know."""
 
     name: str
@@ -350,7 +350,7 @@ class Architecture:
 def architectures() -> tuple[Architecture, ...]:
     """Every architecture that llama.cpp knows, in the order of the runtime's table."""
     ffi, lib = _extension()
-    bits = {"kv": lib.TCA_ARCH_KV, "iswa": lib.TCA_ARCH_ISWA, "hybrid": lib.TCA_ARCH_HYBRID}
+    bits = {"kv": lib.TCA_ARCH_KV, "iswa": lib.TCA_ARCH_ISWA, "hybrid": lib.TCA_ARCH_HYBRID, "latent": lib.TCA_ARCH_LATENT}
     entry, found = ffi.new("struct tca_arch *"), []
     while lib.tca_arch_info(len(found), entry):
         inputs = tuple(name for name, bit in bits.items() if entry.inputs & bit)

@@ -145,6 +145,7 @@ enum {
     TCA_ARCH_KV     = 1,  // every layer alike
     TCA_ARCH_ISWA   = 2,  // some layers slide
     TCA_ARCH_HYBRID = 4,  // some layers are recurrent
+    TCA_ARCH_LATENT = 8,  // latent attention (MLA): one KV head a layer
 };
 
 struct tca_arch {

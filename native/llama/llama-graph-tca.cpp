@@ -82,6 +82,17 @@ llm_graph_input_attn_kv * llm_tca_build_attn_inp(const llm_graph_context & graph
 }
 
 namespace {
+class llm_graph_input_attn_k_tca : public llm_graph_input_attn_k {
+public:
+    llm_graph_input_attn_k_tca(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_attn_tca> inner) :
+        llm_graph_input_attn_k(graph.hparams, graph.cparams, nullptr), inner(std::move(inner)) {}
+
+    void set_input(const llama_ubatch * ubatch) override { inner->set_input(ubatch); }
+    bool can_reuse(const llm_graph_params & params) override { return inner->can_reuse(params); }
+
+    const std::unique_ptr<llm_graph_input_attn_tca> inner;
+};
+
 class llm_graph_input_mem_hybrid_tca : public llm_graph_input_mem_hybrid {
 public:
     using llm_graph_input_mem_hybrid::llm_graph_input_mem_hybrid;
@@ -101,6 +112,24 @@ public:
     }
 };
 }  // namespace
+
+llm_graph_input_attn_k * llm_tca_build_attn_inp_k(const llm_graph_context & graph) {
+    auto inner = make_input(graph);
+    if (inner == nullptr) {
+        return nullptr;
+    }
+    auto inp = std::make_unique<llm_graph_input_attn_k_tca>(graph, std::move(inner));
+    return static_cast<llm_graph_input_attn_k *>(graph.res->add_input(std::move(inp)));
+}
+
+llm_graph_input_attn_kv * llm_tca_attn_inp_of(llm_graph_input_attn_k * inp, ggml_tensor * v_mla) {
+    auto * inp_tca = dynamic_cast<llm_graph_input_attn_k_tca *>(inp);
+    if (inp_tca == nullptr) {
+        return nullptr;
+    }
+    inp_tca->inner->v_mla = v_mla;
+    return inp_tca->inner.get();
+}
 
 llm_graph_input_mem_hybrid * llm_tca_build_inp_mem_hybrid(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> & rs) {
     auto attn = make_input(graph);
@@ -166,6 +195,11 @@ ggml_tensor * llm_tca_build_attn(const llm_graph_context & graph, llm_graph_inpu
             ggml_build_forward_expand(gf, k);
         }
         rows = k;
+    }
+    if (inp->v_mla) {
+        cur = ggml_mul_mat(ctx, inp->v_mla, ggml_permute(ctx, cur, 0, 2, 1, 3));
+        cur = ggml_cont(ctx, ggml_permute(ctx, cur, 0, 2, 1, 3));
+        ggml_build_forward_expand(gf, cur);
     }
     return ggml_reshape_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2]);
 }

@@ -20,6 +20,7 @@ public:
     ggml_tensor * attn_desc = nullptr;  // its first n_seqs entries, those with queries (llama_memory_tca_context::step)
     uint32_t      n_segments = 0;
     bool          compacts   = false;  // compaction nodes are in the graph
+    ggml_tensor * v_mla      = nullptr;  // of the layer that is being built: [latent value, value, n_head]; NULL: values are not latent
 };
 
 // nullptr: the context uses the stock cache.
@@ -32,6 +33,11 @@ llm_graph_input_attn_kv * llm_tca_attn_inp_of_layer(const llm_graph_context & gr
 // For hybrid models: the input of both kinds of layers, with the ragged cache's in place of the stock attention input, whose tensors
 // no layer would use. rs: the stock input of the recurrent layers. nullptr: the context uses the stock cache; rs is left alone.
 llm_graph_input_mem_hybrid * llm_tca_build_inp_mem_hybrid(const llm_graph_context & graph, std::unique_ptr<llm_graph_input_rs> & rs);
+
+// For latent attention, whose stock cache holds keys alone (values are their first elements): the ragged cache's input in the shape that
+// such graphs expect; and what is inside it, for a layer whose values v_mla makes from latent ones. nullptr: the stock cache.
+llm_graph_input_attn_k  * llm_tca_build_attn_inp_k(const llm_graph_context & graph);
+llm_graph_input_attn_kv * llm_tca_attn_inp_of(llm_graph_input_attn_k * inp, ggml_tensor * v_mla);
 
 // nullptr: `inp` is the stock input. Else the attention output [head_dim_v*n_head, n_tokens], everything expanded into the
 // graph. Throws std::runtime_error for a bias.

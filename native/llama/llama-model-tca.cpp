@@ -43,18 +43,16 @@ std::string llama_tca_unsupported(const llama_model & model) {
         return "architecture '" + model.arch_name() + "': " + entry->remark;
     }
     const bool    slides = hparams.swa_type != LLAMA_SWA_TYPE_NONE;
-    const uint8_t input  = llm_arch_is_hybrid(model.arch) && !slides ? TCA_INPUT_HYBRID : slides ? TCA_INPUT_ISWA : TCA_INPUT_KV;
+    const uint8_t input  = llm_arch_is_hybrid(model.arch) && !slides ? TCA_INPUT_HYBRID : slides ? TCA_INPUT_ISWA :
+        hparams.is_mla() ? TCA_INPUT_LATENT : TCA_INPUT_KV;
     if (!(entry->inputs & input) || hparams.swa_type == LLAMA_SWA_TYPE_SYMMETRIC) {
-        return "architecture '" + model.arch_name() + "' with this kind of sliding-window attention is not served";
+        return "architecture '" + model.arch_name() + "' with this kind of attention (sliding-window, recurrent or latent) is not served";
     }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return "it uses ALiBi position biases";
     }
     if (!hparams.causal_attn) {
         return "its attention is not causal";
-    }
-    if (hparams.is_mla()) {
-        return "it uses multi-head latent attention";
     }
     int64_t first = -1;
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {

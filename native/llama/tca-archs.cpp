@@ -2,13 +2,14 @@
 
 // Checked against src/models of the pin (native/README.md, "Moving to another upstream version"). A served architecture has a row
 // in tests/integration/tiny_models.py, which runs it on random weights; a refused one is loaded there with budgets, too.
-static constexpr uint8_t KV = TCA_INPUT_KV, ISWA = TCA_INPUT_ISWA, HYBRID = TCA_INPUT_HYBRID, NONE = TCA_INPUT_NONE;
+static constexpr uint8_t KV = TCA_INPUT_KV, ISWA = TCA_INPUT_ISWA, HYBRID = TCA_INPUT_HYBRID, LATENT = TCA_INPUT_LATENT,
+    NONE = TCA_INPUT_NONE;
 
 static constexpr const char * ALIBI     = "position biases on the scores (ALiBi)";
 static constexpr const char * ENCODER   = "an encoder without a KV cache";
 static constexpr const char * DIFFUSION = "a diffusion model without a KV cache";
 static constexpr const char * RECURRENT = "recurrent layers only, there is no KV cache";
-static constexpr const char * LATENT    = "multi-head latent attention: keys and values are views of one latent row";
+static constexpr const char * LATENT_ONLY = "multi-head latent attention beside recurrent layers is not served yet";
 static constexpr const char * INDEXER   = "its graph reads the cache itself: an indexer chooses cells";
 static constexpr const char * DRAFTER   = "a drafter that works on another model's cache";
 static constexpr const char * HEADS     = "its layers have different numbers of KV heads";
@@ -79,9 +80,10 @@ static const tca_arch_entry ARCHS[] = {
     { LLM_ARCH_BAILINGMOE2,       KV, "Ling 2, Ring 2" },
     { LLM_ARCH_HY_V3,             KV, "" },
     { LLM_ARCH_MINICPM3,          KV, "" },
+    { LLM_ARCH_MISTRAL4,         LATENT, "on the CPU only" },
     { LLM_ARCH_DEEPSEEK2OCR,      KV, "text" },
     { LLM_ARCH_DECI,              KV, "files whose layers with attention have the same heads" },
-    { LLM_ARCH_DEEPSEEK2,        KV,   "files without latent attention; with it (V2, V3, R1, Kimi K2, GLM-4.7-Flash) it is refused" },
+    { LLM_ARCH_DEEPSEEK2,        KV | LATENT, "DeepSeek V2, V3, R1, Kimi K2, GLM-4.7-Flash; latent attention on the CPU only" },
 
     // sliding-window and full attention mixed
     { LLM_ARCH_GEMMA2,           ISWA, "" },
@@ -140,11 +142,10 @@ static const tca_arch_entry ARCHS[] = {
     { LLM_ARCH_GEMMA4_ASSISTANT, NONE, DRAFTER },
     { LLM_ARCH_EAGLE3,           NONE, DRAFTER },
     { LLM_ARCH_DFLASH,           NONE, DRAFTER },
-    { LLM_ARCH_MISTRAL4,         NONE, LATENT },
-    { LLM_ARCH_KIMI_LINEAR,      NONE, LATENT },
-    { LLM_ARCH_KIMI_K3,          NONE, LATENT },
-    { LLM_ARCH_BAILINGMOE3,      NONE, LATENT },
-    { LLM_ARCH_HY_V4,            NONE, LATENT },
+    { LLM_ARCH_KIMI_LINEAR,      NONE, LATENT_ONLY },
+    { LLM_ARCH_KIMI_K3,          NONE, LATENT_ONLY },
+    { LLM_ARCH_BAILINGMOE3,      NONE, LATENT_ONLY },
+    { LLM_ARCH_HY_V4,            NONE, LATENT_ONLY },
     { LLM_ARCH_DEEPSEEK32,       NONE, INDEXER },
     { LLM_ARCH_GLM_DSA,          NONE, INDEXER },
     { LLM_ARCH_DOTS3NOTE,        NONE, INDEXER },

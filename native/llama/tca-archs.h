@@ -10,6 +10,7 @@ enum tca_arch_input : uint8_t {
     TCA_INPUT_KV     = 1,  // build_attn_inp_kv: every layer alike
     TCA_INPUT_ISWA   = 2,  // build_attn_inp_kv_iswa: some layers slide and stay in the stock cache
     TCA_INPUT_HYBRID = 4,  // build_inp_mem_hybrid: some layers are recurrent, or every layer is both
+    TCA_INPUT_LATENT = 8,  // build_attn_inp_k: one latent row a token is key and, in its first elements, value
 };
 
 struct tca_arch_entry {

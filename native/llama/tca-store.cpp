@@ -95,7 +95,7 @@ llama_tca_store::llama_tca_store(const llama_model & model, const llama_cparams 
         refuse(tca_types_problem(shape));
 
         const int layer_rot_k = hadamard_size_k(type_k, head_dim_k);
-        const int layer_rot_v = hadamard_size_v(type_v, head_dim_v);
+        const int layer_rot_v = hparams.is_mla() ? 0 : hadamard_size_v(type_v, head_dim_v);  // latent values are multiplied before they are turned back
         if (!first && (layer_rot_k != rot_k || layer_rot_v != rot_v)) {
             throw std::runtime_error("tca: quantized caches need the same head size in every layer; use f16");
         }
@@ -197,7 +197,9 @@ uint64_t llama_tca_store::bytes_dense() const {
     uint64_t n = 0;
     for (const layer & l : layers) {
         if (l.k) {
-            n += (ggml_row_size(type_k, l.k->ne[0]) + ggml_row_size(type_v, l.v->ne[0]))*plan_full->n_head_kv()*n_ctx;
+            // the stock cache of latent attention holds keys alone
+            const size_t row_v = model.hparams.is_mla() ? 0 : ggml_row_size(type_v, l.v->ne[0]);
+            n += (ggml_row_size(type_k, l.k->ne[0]) + row_v)*plan_full->n_head_kv()*n_ctx;
         }
     }
     return n;

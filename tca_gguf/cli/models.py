@@ -14,7 +14,7 @@ from .common import emit_json, json_option
 
 # Shown on a real model, too; the other served ones on random weights (tests/integration/test_archs.py).
 REAL = {"llama": "SmolLM2-135M", "qwen2": "Qwen2.5-Coder-0.5B", "gemma3": "Gemma 3 270M"}
-KINDS = {"kv": "full", "iswa": "full and sliding", "hybrid": "full and recurrent"}
+KINDS = {"kv": "full", "iswa": "full and sliding", "hybrid": "full and recurrent", "latent": "latent"}
 
 
 def describe() -> list[dict[str, Any]]:

@@ -283,7 +283,7 @@ def test_quantized_cache(case: Case) -> None:
 
 # one of each kind: other heads in layers that llama.cpp keeps, prediction layers, several positions, halves of keys, no attention, ...
 CALIBRATED = ["llama", "gpt2", "glm4moe", "qwen3vl", "minicpm3", "deci", "gemma3", "gemma4", "llama4", "step35", "qwen35", "nemotron_h_moe",
-              "falcon-h1", "lfm2", "gpt-oss"]  # fmt: skip
+              "falcon-h1", "lfm2", "gpt-oss", "deepseek2-latent"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

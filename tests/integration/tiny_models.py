@@ -87,6 +87,11 @@ SSM: dict[str, Value] = {"ssm.conv_kernel": 4, "ssm.inner_size": 512, "ssm.state
 DELTA: dict[str, Value] = {**SSM, "ssm.inner_size": 256, "ssm.state_size": 64, "ssm.time_step_rank": 4, "full_attention_interval": 2}
 LORA: dict[str, Value] = {"attention.q_lora_rank": 32, "attention.kv_lora_rank": 32}
 
+MLA: dict[str, Value] = {
+    "attention.q_lora_rank": 32, "attention.kv_lora_rank": 64, "attention.key_length": 96, "attention.value_length": 64,
+    "attention.key_length_mla": 48, "attention.value_length_mla": 32, "rope.dimension_count": 32, "attention.head_count_kv": 1,
+}  # fmt: skip
+
 # Served architectures: one row a case.
 SERVED = [
     Tiny("llama"),
@@ -162,6 +167,9 @@ SERVED = [
          opaque=True),
     Tiny("deepseek2", {**LORA, "attention.key_length": 64, "attention.value_length": 32, "rope.dimension_count": 32, "attention.head_count_kv": N_HEAD},
          layers=3, moe=True),
+    # latent attention
+    Tiny("deepseek2", MLA, layers=3, moe=True, variant="latent"),
+    Tiny("mistral4", MLA, layers=3, moe=True),
     Tiny("deepseek2-ocr", {"attention.head_count_kv": N_HEAD}, moe=True),
     # layers without attention
     Tiny("deci", {"attention.head_count": [4, 0, 4], "attention.head_count_kv": [2, 0, 2], "feed_forward_length": [128, 128, 128]}, layers=3, stored=(0, 2)),
