@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,15 @@ class Answer:
 class Server:
     """llama-server in a process of its own, asked through the openai library."""
 
-    def __init__(self, model: str, dense: bool, n_ctx: int, slots: int | None = 1, threads: int = 2, binary: str | None = None) -> None:
+    def __init__(self, model: str, dense: bool, n_ctx: int, slots: int | None = 1, threads: int = 2, more: Sequence[str] = ()) -> None:
         from openai import OpenAI
 
-        if binary is None:
-            from tca_gguf.llama import program
+        from tca_gguf.llama import program
 
-            binary = str(program("llama-server"))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        args = [binary, "-m", model, "-c", str(n_ctx), "-t", str(threads), "--port", str(port), "--host", "127.0.0.1", "-lv", "4"]
+        args = [str(program("llama-server")), "-m", model, "-c", str(n_ctx), "-t", str(threads), "--port", str(port), "--host", "127.0.0.1", "-lv", "4", *more]
         args += ["-np", str(slots)] if slots else []
         args += ["--override-kv", "tca.enabled=bool:false"] if dense else []
         self.log = Path(tempfile.mkstemp(prefix="llama-server-", suffix=".log")[1])
@@ -128,7 +126,7 @@ class Server:
 class InProcess:
     """tca_gguf.Llama; the prompt's tokens are counted where they are handed to llama_decode."""
 
-    def __init__(self, model: str, dense: bool, n_ctx: int, slots: int | None = 1, threads: int = 2, binary: str | None = None) -> None:
+    def __init__(self, model: str, dense: bool, n_ctx: int, slots: int | None = 1, threads: int = 2) -> None:
         from tca_gguf import Llama
         from tca_gguf.llama import load
 
@@ -301,7 +299,7 @@ def table(files: list[str]) -> None:
                     cells.append("refused")
                     continue
                 prompt = f"{row['prompt']:,}"
-                same = "" if "of" not in row else f" ({row['same_bits']} of {row['of']})"
+                same = "" if "of" not in row else ", same bits" if row["same_bits"] == row["of"] else ", same text" if row["same_text"] else ", other text"
                 cells.append(f"{row['evaluated']:,}{same}")
             print(f"| {name} | {prompt} | " + " | ".join(cells) + " |")
 
