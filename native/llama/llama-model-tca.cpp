@@ -258,6 +258,10 @@ llama_memory_ptr llama_tca_stock_memory(const llama_model & model, const llama_c
 }
 
 llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_tca_memory_of(params.mem_other) != nullptr) {
+        throw std::runtime_error("tca: a Gemma 4 assistant reads the KV cache of its target, and that has the ragged one; load the target "
+                "with --override-kv tca.enabled=bool:false, or use no assistant");
+    }
     if (!model.tca || want_stock) {
         return nullptr;
     }

@@ -93,6 +93,9 @@ llama_tca_store::llama_tca_store(const llama_model & model, const llama_cparams 
             }
         };
         refuse(tca_types_problem(shape));
+        if (shape.sinks && (tca_metric_find(plan.budgets.metric.c_str())->needs & TCA_NEEDS_QUERIES)) {
+            refuse("metric " + plan.budgets.metric + " looks at attention and does not know the attention sinks of this model; use another one");
+        }
 
         const int layer_rot_k = hadamard_size_k(type_k, head_dim_k);
         const int layer_rot_v = hparams.is_mla() ? 0 : hadamard_size_v(type_v, head_dim_v);  // latent values are multiplied before they are turned back

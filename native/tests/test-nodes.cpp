@@ -19,7 +19,7 @@ namespace {
 // Every node of a layer, over tensors without memory.
 struct layer_nodes {
     ggml_context_ptr ctx;
-    ggml_tensor * k, * v, * pos, * desc, * q, * k_cur, * v_cur, * dst;
+    ggml_tensor * k, * v, * pos, * desc, * q, * k_cur, * v_cur, * dst, * sinks;
     tca_tables    tables;
     ggml_tensor * append, * attn, * attn_into, * partial, * combine, * combine_into, * compact;
 
@@ -39,10 +39,11 @@ struct layer_nodes {
         dst   = ggml_new_tensor_3d(c, GGML_TYPE_F32, s.head_dim_v, s.n_head,    6);
         tables = tca_tables_new(c, p, s.head_dim_k, s.n_head_kv, nullptr);
         append       = tca_build_append(c, k, v, pos, k_cur, v_cur, desc, 0);
-        attn         = tca_build_attn(c, q, k, v, desc, 1, 0.25f, 30.0f, nullptr);
-        attn_into    = tca_build_attn(c, q, k, v, desc, 1, 0.25f, 30.0f, dst);
-        combine      = tca_build_attn_split(c, q, k, v, desc, 2, 0.25f, 30.0f, 5, nullptr);
-        combine_into = tca_build_attn_split(c, q, k, v, desc, 2, 0.25f, 30.0f, 5, dst);
+        sinks        = s.sinks ? ggml_new_tensor_1d(c, GGML_TYPE_F32, s.n_head) : nullptr;
+        attn         = tca_build_attn(c, q, k, v, desc, 1, 0.25f, 30.0f, nullptr, sinks);
+        attn_into    = tca_build_attn(c, q, k, v, desc, 1, 0.25f, 30.0f, dst, sinks);
+        combine      = tca_build_attn_split(c, q, k, v, desc, 2, 0.25f, 30.0f, 5, nullptr, sinks);
+        combine_into = tca_build_attn_split(c, q, k, v, desc, 2, 0.25f, 30.0f, 5, dst, sinks);
         partial      = tca_combine_node::of(combine).partial;
         compact      = tca_build_compact(c, k, v, pos, desc, 2, tables, q, 0.25f, 30.0f);
     }
@@ -256,6 +257,20 @@ TEST(cuda_takes_what_its_kernels_were_written_for) {
     for (int i = 0; tca_metric_at(i) != nullptr; ++i) {
         CHECK(takes_all(on(900), PLAIN, tca_metric_at(i)->name), "%s", tca_metric_at(i)->name);
     }
+}
+
+TEST(attention_sinks_are_a_source_that_cuda_refuses) {
+    tca_layer_shape s = PLAIN;
+    s.sinks = true;
+    const layer_nodes with(s, "key-probe"), without(PLAIN, "key-probe");
+    for (const ggml_tensor * node : { with.attn, with.attn_into }) {
+        CHECK(tca_attn_node::of(node).sinks == with.sinks && !tca_cuda_supports(900, node), "%s", node->name);
+    }
+    for (const ggml_tensor * node : { with.combine, with.combine_into }) {
+        CHECK(tca_combine_node::of(node).sinks == with.sinks && !tca_cuda_supports(900, node), "%s", node->name);
+    }
+    CHECK(tca_attn_node::of(with.partial).sinks == nullptr && tca_cuda_supports(900, with.partial), "a part of the softmax has no sink yet");
+    CHECK(tca_attn_node::of(without.attn).sinks == nullptr && tca_combine_node::of(without.combine_into).sinks == nullptr, "none");
 }
 
 TEST(cpu_takes_every_type_that_it_reads_and_writes) {

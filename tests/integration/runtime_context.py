@@ -87,7 +87,7 @@ class Context:
     def __init__(self, source: Any, *, n_ctx: int = 1024, n_ubatch: int = 512, n_batch: int = 2048, type_k: int = F32, type_v: int = F32,
                  n_seq_max: int = 1, kv_unified: bool = False, flash: int | None = None, enabled: bool | int | str | None = None,
                  swa_full: bool = True, embeddings: bool = False, abort: Callable[[], bool] | None = None, profile: native.Profile | None = None,
-                 capture: native.Capture | None = None) -> None:  # fmt: skip
+                 capture: native.Capture | None = None, other: Any = None) -> None:  # fmt: skip
         self.C = C = llama.load().llama_cpp
         self._take_log()
         self.model = self.ctx = None
@@ -118,6 +118,8 @@ class Context:
         self._profile = profile
         if profile is not None:
             p.cb_eval, p.cb_eval_user_data = type(p.cb_eval)(profile.eval_ptr), profile.handle
+        if other is not None:
+            p.ctx_other = other
         self._capture = capture
         if capture is not None:
             p.cb_eval, p.cb_eval_user_data = type(p.cb_eval)(capture.eval_ptr), capture.handle

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_context import CONFIGS, F16, FIRST, GROUP, KEEP_COUNTS, Q8_0, SINKS, WINDOW, BLOCK, Context, same_positions
+from runtime_context import CONFIGS, F16, FIRST, GROUP, KEEP_COUNTS, Q8_0, SINKS, WINDOW, BLOCK, Context, LoadError, same_positions
 from tca_gguf import gguf_file, native
 from tca_gguf.budgets import DENSE, Budgets
 from tca_gguf.calib.pipeline import calibrate
 from tca_gguf.calib.runtime import Model
-from tiny_models import BUDGETS, BY_NAME, REFUSED, REFUSED_KEYS, SERVED, Tiny, TinyModel
+from tiny_models import BUDGETS, BY_NAME, REFUSED, REFUSED_KEYS, SERVED, Tiny, TinyModel, write_file
 
 N = 300  # tokens: three groups are compacted
 EVERY = 29
@@ -341,6 +341,37 @@ def test_attention_in_both_directions() -> None:
             logits.append(c.logits(9))
     assert near(logits[1], logits[0])
     model.close()
+
+
+def test_attention_metrics_do_not_know_sinks() -> None:
+    model = TinyModel(BY_NAME["gpt-oss"])
+    model.set_budgets(replace(budgets_of(model, 1), metric="observed-attn"))
+    with pytest.raises(LoadError, match="observed-attn looks at attention and does not know the attention sinks"):
+        Context(model)
+    model.close()
+
+
+def test_an_assistant_does_not_read_the_ragged_cache(tmp_path: Path) -> None:
+    """Gemma 4's drafter takes cells of the target's cache, which a ragged one does not have."""
+    target = TinyModel(BY_NAME["gemma4"])
+    keys = {**BY_NAME["gemma4"].keys, "embedding_length": 128, "embedding_length_out": 256, "nextn_predict_layers": 4}
+    shapes = {"token_embd": (256, 128), "output_norm": (128,), "rope_freqs": (64,), "nextn.post_projection": (256, 128), "nextn.pre_projection": (128, 512)}
+    for layer, dim in enumerate((64, 128, 64, 128)):
+        layers = {"attn_norm": (128,), "attn_q": (4 * dim, 128), "attn_output": (128, 4 * dim), "attn_q_norm": (dim,), "ffn_norm": (128,),
+                  "post_attention_norm": (128,), "layer_output_scale": (1,), "ffn_gate": (128, 128), "ffn_up": (128, 128), "ffn_down": (128, 128),
+                  "post_ffw_norm": (128,)}  # fmt: skip
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in layers.items()}
+    path = write_file(tmp_path / "assistant.gguf", Tiny("gemma4-assistant", keys, layers=4),
+                      {f"{name}.weight": np.full(shape, 0.1, np.float32) for name, shape in shapes.items()})  # fmt: skip
+    for budgets, words in ((budgets_of(target, DENSE), "reads the KV cache of its target"), (None, "")):
+        target.set_budgets(budgets)
+        with Context(target) as c:
+            if words:
+                with pytest.raises(LoadError, match=words):
+                    Context(path, other=c.ctx)
+            else:
+                Context(path, other=c.ctx).close()
+    target.close()
 
 
 def test_images_of_several_positions_are_refused() -> None:

@@ -403,16 +403,21 @@ class TinyModel:
     def write(self, path: Path) -> Path:
         """The same model as a file. Needs keep_tensors."""
         assert self.tensors is not None
-        writer = GGUFWriter(path, self.tiny.arch)
-        for key, value in self.tiny.metadata().items():
-            if key == "general.architecture":
-                continue
-            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_array)
-            add(key, value)
-        for name, values in self.tensors.items():
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        return write_file(path, self.tiny, self.tensors)
+
+
+def write_file(path: Path, tiny: Tiny, tensors: dict[str, np.ndarray]) -> Path:
+    """A model file of these tensors, f32."""
+    writer = GGUFWriter(path, tiny.arch)
+    for key, value in tiny.metadata().items():
+        if key == "general.architecture":
+            continue
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}.get(type(value), writer.add_array)
+        add(key, value)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
