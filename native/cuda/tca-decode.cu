@@ -342,9 +342,9 @@ tca_decode_limits tca_cuda_decode_limits(int device, const ggml_tensor * partial
 }
 
 void tca_cuda_combine(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const auto [partial, desc, row] = tca_combine_node::of(dst);
-    ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], dst->ne[2]), dim3(512), 0, ctx.stream()), (const float *) partial->data,
-            partial->nb[2]/sizeof(float), partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
-            dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) desc->data + row*desc->nb[3]), desc->ne[1], desc->ne[2],
-            dst->ne[1]/desc->ne[1], dst->ne[0], tca_cuda_decode_limits(ctx.device, partial), (int) partial->ne[1]);
+    const tca_combine_node n = tca_combine_node::of(dst);  // without sinks (tca_cuda_supports)
+    ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], dst->ne[2]), dim3(512), 0, ctx.stream()),
+            (const float *) n.partial->data, n.partial->nb[2]/sizeof(float), n.partial->nb[3]/sizeof(float), (float *) dst->data, dst->nb[1]/sizeof(float),
+            dst->nb[2]/sizeof(float), (const int32_t *) ((const char *) n.desc->data + n.row*n.desc->nb[3]), n.desc->ne[1], n.desc->ne[2],
+            dst->ne[1]/n.desc->ne[1], dst->ne[0], tca_cuda_decode_limits(ctx.device, n.partial), (int) n.partial->ne[1]);
 }
