@@ -43,11 +43,13 @@ def open_llama(
     dense: bool = False,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
+    rpc_servers: str | None = None,
     seed: int | None = None,
     verbose: bool = False,
     checkpoint_bytes: int | None = None,
 ) -> Llama:
     """A tca_gguf.Llama with a context of ``n_ctx`` tokens (0: as the model was trained). dense: ignore the file's budgets.
+    rpc_servers: "host:port,...", machines that may take the layers of n_gpu_layers.
 
     The stock cache runs without flash attention on the CPU where its type allows: that is the faster way there.
 
@@ -69,6 +71,7 @@ def open_llama(
             n_threads=threads,
             n_threads_batch=threads,
             n_gpu_layers=n_gpu_layers,
+            rpc_servers=rpc_servers,
             kv_overrides={"tca.enabled": False} if dense else None,
             type_k=KV_TYPES[kv_type],
             type_v=KV_TYPES[kv_type],

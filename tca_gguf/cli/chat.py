@@ -276,6 +276,7 @@ def chat_command(
     kv_type: str,
     dense: bool,
     threads: int | None,
+    rpc: str | None,
     gpu_layers: int,
     verbose: bool,
 ) -> None:
@@ -291,8 +292,8 @@ def chat_command(
     """
     interactive = sys.stdin.isatty()
     messages = Messages(interactive)
-    llm = open_llama(model, n_ctx=ctx, kv_type=kv_type, dense=dense, n_threads=threads, n_gpu_layers=gpu_layers, seed=seed,
-                     verbose=verbose, checkpoint_bytes=None if checkpoints is None else checkpoints << 20)  # fmt: skip
+    llm = open_llama(model, n_ctx=ctx, kv_type=kv_type, dense=dense, n_threads=threads, n_gpu_layers=gpu_layers, rpc_servers=rpc,
+                     seed=seed, verbose=verbose, checkpoint_bytes=None if checkpoints is None else checkpoints << 20)  # fmt: skip
     try:
         conversation = Chat(Engine(llm, Sampling(temperature=temp)), system=system, n_max=n_predict)
         if interactive:

@@ -297,6 +297,7 @@ def model_options(f: F) -> F:
         verbose_option,
         gpu_layers_option,
         threads_option,
+        click.option("--rpc", metavar="HOST:PORT,...", help="Other machines that may take layers, with --gpu-layers (exec rpc-server)."),
         click.option("--dense", is_flag=True, help="Ignore the file's budgets: llama.cpp's stock cache."),
         kv_type_option,
         click.option("--seed", type=Number(0, 2**32 - 1), help="Seed of the sampling.  [default: random]"),

@@ -53,6 +53,7 @@ def generate_command(
     kv_type: str,
     dense: bool,
     threads: int | None,
+    rpc: str | None,
     gpu_layers: int,
     verbose: bool,
     as_json: bool,
@@ -69,7 +70,7 @@ def generate_command(
     needed = len(text.encode("utf-8")) // 3 + 512 + max(n_predict, 0)
     n_ctx = ctx if ctx is not None else (0 if n_predict < 0 else context_size(needed))
     llm = open_llama(model, n_ctx=n_ctx, kv_type=kv_type, dense=dense, n_threads=threads, n_gpu_layers=gpu_layers,
-                     seed=seed, verbose=verbose)  # fmt: skip
+                     rpc_servers=rpc, seed=seed, verbose=verbose)  # fmt: skip
     try:
         engine, turn = Engine(llm, Sampling(temperature=temp)), Turn()
         full = text if raw else chat_prompt(llm, [{"role": "user", "content": text}])

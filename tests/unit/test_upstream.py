@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -368,3 +370,24 @@ def test_cmake_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.returncode != 0
     text = " ".join(result.stderr.split())
     assert text.count("tca-gguf: ") == 1 and "apt install g++" in text
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="cmake and ninja are not on the path")
+def test_every_cpu_variant_gets_the_kernels(tmp_path: Path) -> None:
+    """Configured, not built: with backends that are loaded at run time each variant that was asked for has all of our files."""
+    tree = ROOT / "build/upstream/source/vendor/llama.cpp"
+    if not tree.is_dir() or sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("no upstream source here, or other variants")
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", "-DTCA_BUILD_BINDING=OFF", "-DTCA_BUILD_PROGRAMS=OFF",
+               f"-DTCA_LLAMA_DIR={tree}", f"-DPython_EXECUTABLE={sys.executable}", "-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON",
+               "-DGGML_CPU_ALL_VARIANTS=ON", "-DTCA_CPU_VARIANTS=x64;haswell"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    objects = [line.split(":")[0] for line in (tmp_path / "build.ninja").read_text().splitlines() if line.startswith("build ")]
+    variants = {match[1] for name in objects if (match := re.search(r"CMakeFiles/ggml-cpu-(\w+)\.dir/", name))}
+    assert variants == {"x64", "haswell"}
+    ours = [path.name for path in (ROOT / "native/cpu").glob("*.cpp")]
+    for variant in variants:
+        for file in ours:
+            assert any(f"ggml-cpu-{variant}.dir/" in name and name.endswith(f"/native/cpu/{file}.o") for name in objects), (variant, file)
+    assert not any("CMakeFiles/ggml-cpu.dir" in name for name in objects)  # libllama links none
