@@ -477,31 +477,6 @@ TEST(every_byte_of_a_file) {
     printf("       %ld one-byte changes, %zu truncations\n", n, original.size());
 }
 
-TEST(files) {
-    CHECK(tca_file_check("/nonexistent/model.gguf") == TCA_ERR_IO && strstr(tca_last_error(), "/nonexistent/model.gguf"), "%s", tca_last_error());
-    ggml_log_set(no_log, nullptr);
-    CHECK(tca_file_check("/") == TCA_ERR_IO, "a folder");
-    CHECK(tca_file_check("/dev/null") == TCA_ERR_IO, "an empty file");
-
-    char path[] = "/tmp/tca-test-XXXXXX";
-    const int fd = mkstemp(path);
-    CHECK(fd >= 0, "no temporary file");
-    FILE * file = fdopen(fd, "wb");
-    std::vector<uint8_t> bytes = make_file();
-    fwrite(bytes.data(), 1, bytes.size(), file);
-    fclose(file);
-    const tca_status whole = tca_file_check(path);
-    file = fopen(path, "wb");
-    fwrite(bytes.data(), 1, bytes.size()/2, file);
-    fclose(file);
-    const tca_status half = tca_file_check(path);
-    const std::string text = tca_last_error();
-    remove(path);
-    ggml_log_set(nullptr, nullptr);
-    CHECK(whole == TCA_OK, "status %d", whole);
-    CHECK(half == TCA_ERR_IO && text.find(path) != std::string::npos, "%s", text.c_str());
-}
-
 int main(int argc, char ** argv) {
     return run_tests(argc, argv);
 }
