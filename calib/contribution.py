@@ -28,10 +28,11 @@ def output_grams(model_path: str | os.PathLike[str]) -> Grams:
     The weights are read from the file a layer at a time. Raises TcaError if the file does not hold them under the name that
     llama.cpp gives them, with the expected shape, in a type that the gguf package can read.
     """
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(model_path).tensors}
+    from tca_gguf.gguf_file import open_header, split_parts
+
+    tensors = {tensor.name: tensor for part in split_parts(model_path) for tensor in open_header(part).tensors}
 
     @functools.cache
     def grams(layer: int, n_head: int, head_dim_v: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -104,12 +105,19 @@ class HeaderReader(GGUFReader):
 
 
 def read_budgets(path: str | os.PathLike[str]) -> Budgets | None:
-    """Budgets of a GGUF file, validated; None if it has no ``tca.*`` keys.
+    """The budgets that the runtime takes for a model file, validated; None if it has none.
 
+    They are the file's own ``tca.*`` keys or those of a file of keys, see `source_of`.
     Raises TcaError if the file is not a readable GGUF file or a ``tca.*`` key is missing, malformed or does not fit the model.
     """
     reader = open_header(path)
-    return read_model(path, reader)[1] if _has_keys(reader) else None
+    return read_model(path, reader)[1] if source_of(path, reader) is not None else None
+
+
+def own_budgets(path: str | os.PathLike[str]) -> Budgets | None:
+    """The budgets in a file itself, a model or a file of keys; None if it has none. Raises TcaError."""
+    path, reader = Path(path), open_header(path)
+    return _budgets(reader, path, _shape(reader, path)) if _has_keys(reader) else None
 
 
 def model_shape(path: str | os.PathLike[str]) -> ModelShape:
@@ -123,8 +131,75 @@ def read_model(
     """model_shape() and read_budgets() in one read of the file (or of ``reader``, what open_header(path) returned)."""
     path = Path(path)
     reader = reader or open_header(path)
-    shape = _shape(reader, path)
-    return shape, _budgets(reader, path, shape) if _has_keys(reader) else None
+    shape, source = _shape(reader, path), source_of(path, reader)
+    if source is None:
+        return shape, None
+    return shape, _budgets(reader if source == path else open_header(source), source, shape)
+
+
+def own_keys(path: str | os.PathLike[str]) -> bool:
+    """Whether a file itself has ``tca.*`` keys, good or bad. Raises TcaError."""
+    return _has_keys(open_header(path))
+
+
+def source_of(path: str | os.PathLike[str], reader: HeaderReader | None = None) -> Path | None:
+    """The file that the runtime takes a model's budgets from: ``path`` itself or a file of keys; None if it has none.
+
+    The rule is the runtime's, see native/budgets/tca-source.h. Raises TcaError.
+    """
+    from . import native
+
+    path = Path(path)
+    own = _has_keys(reader or open_header(path))
+    folder = native.user_budgets()
+    if os.environ.get("TCA_BUDGETS") or native.file_beside(path).exists() or (not own and folder is not None and folder.is_dir()):
+        return native.file_source(path)
+    return path if own else None
+
+
+def split_parts(path: str | os.PathLike[str]) -> list[Path]:
+    """All files of a model: one, or the parts of a split model whose first part is ``path``. Raises TcaError: a part is missing."""
+    path = Path(path)
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if match is None or not _is_split(open_header(path)):
+        return [path]
+    if int(match[2]) != 1:
+        raise TcaError(f"{path} is not the first part of a split model; give {path.with_name(f'{match[1]}-00001-of-{match[3]}.gguf')}")
+    parts = [path.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise TcaError(f"{part} is missing; it is a part of {path}")
+    return parts
+
+
+def write_keys(src: str | os.PathLike[str], dst: str | os.PathLike[str], budgets: Budgets) -> None:
+    """Writes ``budgets`` for the model ``src`` to ``dst``, a small GGUF file of keys alone, which also says which model it is for.
+
+    ``src`` is only read; it may be the first part of a split model. Raises TcaError as `embed_budgets` does.
+    """
+    from . import native
+
+    src, dst = Path(src), Path(dst)
+    budgets.check()
+    reader = open_header(src)
+    shape = _shape(reader, src)
+    budgets = _fitted(budgets, shape, src)
+    identity = native.file_identity(src)
+    kept = [_raw(reader, field) for field in reader.metadata() if _says_shape(field.name, shape.arch)]
+    start, endian = reader.data[:8].tobytes(), reader.endianess
+    order = ">" if endian == GGUFEndian.BIG else "<"
+
+    def write(out: BinaryIO, scratch: Path) -> None:
+        added = _pack_keys(budgets, endian, scratch, {"tca.model.identity": identity, "tca.model.name": shape.name})
+        out.seek(0)
+        out.truncate()
+        out.write(start + struct.pack(order + "QQ", 0, len(kept) + len(added)) + b"".join(kept + added))
+
+    def verify(written: Path) -> None:
+        check = open_header(written)
+        _budgets(check, dst, _shape(check, dst))
+
+    replace_file(dst, _room_for(budgets), write, verify)
 
 
 def embed_budgets(
@@ -140,17 +215,7 @@ def embed_budgets(
     reader = open_header(src)
     _refuse_split(reader, src)
     shape = _shape(reader, src)
-    if budgets.head_config.shape != (shape.n_layer, shape.n_head_kv):
-        raise TcaError(
-            f"tca.head_config is {' x '.join(map(str, budgets.head_config.shape))}, {src} has {shape.n_layer} layers of "
-            f"{shape.n_head_kv} KV heads; budgets belong to the model they were calibrated on"
-        )
-    if len(budgets.configs) == 0:
-        # every head is dense; GGUF arrays cannot be empty, so the file gets one row that no head uses
-        unused = np.zeros((1, len(budgets.keep_counts)), np.int32)
-        unused[0, -1] = budgets.group_size // budgets.block_size
-        budgets = replace(budgets, configs=unused)
-    _rewrite(reader, src, Path(dst), budgets, progress)
+    _rewrite(reader, src, Path(dst), _fitted(budgets, shape, src), progress)
 
 
 def check_embeddable(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> ModelShape:
@@ -162,6 +227,13 @@ def check_embeddable(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -
     shape = _shape(reader, src)
     check_target(dst, len(reader.data) + _ROOM)
     return shape
+
+
+def check_served(path: str | os.PathLike[str]) -> ModelShape:
+    """Shape of a model that the runtime can serve. Raises TcaError with the reason if it cannot."""
+    reader = open_header(path)
+    _refuse_unserved(reader, Path(path))
+    return _shape(reader, Path(path))
 
 
 def strip_budgets(
@@ -380,10 +452,9 @@ def _per_head(fields: _Fields, shape: ModelShape, key: str) -> np.ndarray:
 # ---- writing -----------------------------------------------------------------------------------------------------
 
 
-def _refuse_split(reader: HeaderReader, path: Path) -> None:
+def _is_split(reader: HeaderReader) -> bool:
     field = reader.get_field("split.count")
-    if field is not None and (field.types[0] == GGUFValueType.STRING or (field.parts[-1] > 1).any()):
-        raise TcaError(f"{path} is one part of a split GGUF file; merge the parts first: llama-gguf-split --merge FIRST_PART OUT")
+    return field is not None and (field.types[0] == GGUFValueType.STRING or bool((field.parts[-1] > 1).any()))
 
 
 def _refuse_unserved(reader: HeaderReader, path: Path) -> None:
@@ -395,9 +466,43 @@ def _refuse_unserved(reader: HeaderReader, path: Path) -> None:
         pass  # calibration, which loads the model, says more
 
 
-def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path) -> list[bytes]:
+def _refuse_split(reader: HeaderReader, path: Path) -> None:
+    if _is_split(reader):
+        raise TcaError(f"{path} is one part of a split GGUF file, whose budgets lie beside it: embed-budgets FIRST_PART --beside; "
+                       "or merge the parts: llama-gguf-split --merge FIRST_PART OUT")  # fmt: skip
+
+
+def _says_shape(key: str, arch: str) -> bool:
+    """Whether a key is one of those that a shape follows from: a file of keys repeats them of its model."""
+    return key in ("general.architecture", "general.name", "general.alignment") or key.startswith(f"{arch}.")
+
+
+def _fitted(budgets: Budgets, shape: ModelShape, src: Path) -> Budgets:
+    """The budgets as they go into a file. Raises TcaError if they were made for another shape."""
+    if budgets.head_config.shape != (shape.n_layer, shape.n_head_kv):
+        raise TcaError(
+            f"tca.head_config is {' x '.join(map(str, budgets.head_config.shape))}, {src} has {shape.n_layer} layers of "
+            f"{shape.n_head_kv} KV heads; budgets belong to the model they were calibrated on"
+        )
+    if len(budgets.configs) > 0:
+        return budgets
+    # every head is dense; GGUF arrays cannot be empty, so the file gets one row that no head uses
+    unused = np.zeros((1, len(budgets.keep_counts)), np.int32)
+    unused[0, -1] = budgets.group_size // budgets.block_size
+    return replace(budgets, configs=unused)
+
+
+def _room_for(budgets: Budgets) -> int:
+    """Bytes that the keys of these budgets take at most."""
+    probe = 0 if budgets.probe is None else 4 * budgets.probe.size
+    return _ROOM + 16 * budgets.head_config.size + 8 * budgets.configs.size + probe
+
+
+def _pack_keys(budgets: Budgets, endian: GGUFEndian, scratch: Path, extra: dict[str, str] | None = None) -> list[bytes]:
     """The tca.* key-value pairs as they stand in a file, packed by GGUFWriter into ``scratch`` and read back."""
     writer = GGUFWriter(scratch, "tca", endianess=endian)
+    for key, text in (extra or {}).items():
+        writer.add_string(key, text)
     writer.add_uint32("tca.version", budgets.version)
     writer.add_bool("tca.enabled", budgets.enabled)
     writer.add_uint32("tca.block_size", budgets.block_size)
@@ -477,7 +582,4 @@ def _rewrite(reader: HeaderReader, src: Path, dst: Path, budgets: Budgets | None
         if budgets is not None:
             _budgets(check, dst, _shape(check, dst))
 
-    extra = _ROOM + (16 * budgets.head_config.size + 8 * budgets.configs.size if budgets is not None else 0)
-    if budgets is not None and budgets.probe is not None:
-        extra += 4 * budgets.probe.size
-    replace_file(dst, before.st_size + extra, write, verify)
+    replace_file(dst, before.st_size + (_room_for(budgets) if budgets is not None else _ROOM), write, verify)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import names
 from .checkpoints import Checkpoints, Prefix
 
 
@@ -40,7 +41,7 @@ def subclass(base: type) -> type:
                 from tca_gguf.remote import add_servers
 
                 add_servers(rpc_servers)
-            super().__init__(model_path, **kwargs)
+            super().__init__(str(names.resolve(model_path)), **kwargs)
             # llama.cpp rounds n_ctx up to a multiple of 256; the layer keeps arrays of the n_ctx that was asked for, and a text
             # that passes it ends in a numpy error
             n_ctx = int(self.n_ctx())

@@ -8,11 +8,11 @@ import sys
 from collections import deque
 from types import ModuleType
 
-_WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
+_DEBUG, _WARN, _ERROR, _CONTINUED = 1, 3, 4, 5  # enum ggml_log_level
 
 
 class LlamaLog:
-    """Takes over the log of llama.cpp and ggml. verbose: print all of it on stderr; otherwise print nothing.
+    """Takes over the log of llama.cpp and ggml. verbose: print it on stderr, but for its debug lines; otherwise print nothing.
 
     The lines of errors and warnings are remembered, for `reason`. Keep the object alive as long as the library is used.
     """
@@ -31,7 +31,7 @@ class LlamaLog:
         self._level = level
         if level in (_WARN, _ERROR):
             self.lines.append((level, shown.strip()))
-        if self.verbose:
+        if self.verbose and level != _DEBUG:  # thousands of lines about a graph
             print(shown, end="", file=sys.stderr, flush=True)
 
     def clear(self) -> None:

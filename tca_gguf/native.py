@@ -14,6 +14,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -142,6 +143,43 @@ def file_check(path: str | os.PathLike[str]) -> bool:
     except TcaError as error:
         name = os.fspath(path)
         raise error if name in str(error) else TcaError(f"{name}: {error}") from None
+
+
+def _text(call: Callable[[Any, int], int], room: int = 4096) -> str | None:
+    """What a function writes into a buffer of ``room`` bytes, a path; None if it answers TCA_NO_BUDGETS."""
+    ffi, lib = _extension()
+    buffer = ffi.new("char[]", room)
+    if check_status(call(buffer, room)) == lib.TCA_NO_BUDGETS:
+        return None
+    return os.fsdecode(ffi.string(buffer))
+
+
+def file_source(path: str | os.PathLike[str]) -> Path | None:
+    """The file whose budgets the runtime takes for a model: the model's own or a file of keys; None: it has none. Raises TcaError."""
+    ffi, lib = _extension()
+    found = _text(lambda out, room: lib.tca_file_source(ffi.new("char[]", os.fsencode(path)), out, room))
+    return None if found is None else Path(found)
+
+
+def file_identity(path: str | os.PathLike[str]) -> str:
+    """What tells the model's weights from another's, 16 hex digits. Raises TcaError: unreadable, incomplete."""
+    ffi, lib = _extension()
+    return _text(lambda out, _room: lib.tca_file_identity(ffi.new("char[]", os.fsencode(path)), out)) or ""
+
+
+def file_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the runtime looks for a file of keys beside a model: MODEL.tca.gguf."""
+    ffi, lib = _extension()
+    return Path(_text(lambda out, room: lib.tca_file_beside(ffi.new("char[]", os.fsencode(path)), out, room)) or "")
+
+
+def user_budgets() -> Path | None:
+    """The folder of the user's files of keys, which may not exist yet; None where the system does not say."""
+    _, lib = _extension()
+    try:
+        return Path(_text(lib.tca_user_budgets) or "")
+    except TcaError:
+        return None
 
 
 def kept_per_group(budgets: Budgets, config: int) -> int:

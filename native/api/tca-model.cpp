@@ -1,6 +1,7 @@
 // C API: shape and budgets of a model that is already loaded, and what architectures there are.
 #include "tca-error.h"
 
+#include "budgets/tca-source.h"
 #include "llama/llama-model-tca.h"
 #include "llama/tca-archs.h"
 
@@ -38,7 +39,7 @@ tca_status tca_model_set_budgets(llama_model * model, const tca_budgets * budget
     if (!misfit.empty()) {
         return tca_fail(TCA_ERR_BUDGETS, misfit);
     }
-    model->tca = std::make_shared<llama_tca_model>(llama_tca_model { tca_budgets_data(*budgets) });
+    model->tca = std::make_shared<llama_tca_model>(llama_tca_model { tca_budgets_data(*budgets), "" });
     return TCA_OK;
 }
 
@@ -183,21 +184,25 @@ tca_status tca_file_check(const char * path) {
         return TCA_ERR_IO;
     }
     std::string problem;
+    tca_source  source;
+    if (!tca_source_find(gguf.get(), path, source, problem)) {
+        return tca_fail(TCA_ERR_BUDGETS, problem);
+    }
     tca_status  status;
     const std::unique_ptr<llama_model> model = hparams_of(gguf.get(), path, status);
     if (model && llama_tca_unsupported(*model).empty()) {
         const llama_tca_shape shape = llama_tca_shape_of(*model);
         tca_budgets_data budgets;
         bool             enabled = true;
-        status = tca_budgets_from_gguf(gguf.get(), shape.n_layer, shape.n_head_kv, budgets, enabled, problem);
+        status = tca_budgets_from_gguf(source.gguf, shape.n_layer, shape.n_head_kv, budgets, enabled, problem);
         if (status == TCA_OK && !(problem = llama_tca_misfit(*model, budgets.view())).empty()) {
             status = TCA_ERR_BUDGETS;
         }
         status = enabled ? status : TCA_NO_BUDGETS;
     } else {
-        status = tca_gguf_check(gguf.get(), problem);  // of a file that llama.cpp does not read, what can be said of the keys alone
+        status = tca_gguf_check(gguf.get(), source.gguf, problem);  // of a file that llama.cpp does not read, what can be said of the keys alone
     }
-    return status < 0 ? tca_fail(status, std::string(path) + ": " + problem) : status;
+    return status < 0 ? tca_fail(status, (source.path.empty() ? path : source.path) + ": " + problem) : status;
 }
 
 bool tca_arch_info(int32_t i, tca_arch * out) {

@@ -226,7 +226,9 @@ int64_t integer(const gguf_context * gguf, const std::string & key) {
     return std::all_of(values, values + n, [&](int32_t v) { return v == values[0]; }) ? values[0] : -1;
 }
 
-bool has_keys(const gguf_context * gguf) {
+} // namespace
+
+bool tca_has_keys(const gguf_context * gguf) {
     for (int64_t i = 0; i < gguf_get_n_kv(gguf); ++i) {
         if (strncmp(gguf_get_key(gguf, i), "tca.", 4) == 0) {
             return true;
@@ -235,10 +237,12 @@ bool has_keys(const gguf_context * gguf) {
     return false;
 }
 
-} // namespace
-
 tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem) {
-    if (!has_keys(gguf)) {
+    return tca_gguf_check(gguf, gguf, problem);
+}
+
+tca_status tca_gguf_check(const gguf_context * gguf, const gguf_context * keys, std::string & problem) {
+    if (!tca_has_keys(keys)) {
         return TCA_NO_BUDGETS;
     }
     const int64_t id_arch = gguf_find_key(gguf, "general.architecture");
@@ -260,7 +264,7 @@ tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem) {
     }
     tca_budgets_data budgets;
     bool             enabled;
-    const tca_status status = tca_budgets_from_gguf(gguf, n_layer, n_head_kv, budgets, enabled, problem);
+    const tca_status status = tca_budgets_from_gguf(keys, n_layer, n_head_kv, budgets, enabled, problem);
     return enabled ? status : TCA_NO_BUDGETS;
 }
 
@@ -269,7 +273,7 @@ tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, ui
     problem.clear();
     enabled = true;
 
-    if (!has_keys(gguf)) {
+    if (!tca_has_keys(gguf)) {
         return TCA_NO_BUDGETS;
     }
 

@@ -43,9 +43,14 @@ std::string tca_budgets_problem(const tca_budgets & budgets);
 tca_status tca_budgets_from_gguf(const gguf_context * gguf, uint32_t n_layer, uint32_t n_head_kv,
         tca_budgets_data & out, bool & enabled, std::string & problem);
 
+// Whether there is a key that starts with "tca.".
+bool tca_has_keys(const gguf_context * gguf);
+
 // The whole of tca_file_check() but the file: the sizes of the model come from the metadata itself.
 // TCA_NO_BUDGETS also if the file switches its keys off, as the runtime then leaves them alone. Failures set `problem`.
-tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem);
+// `keys` has the tca.* keys of the model, see tca-source.h.
+tca_status tca_gguf_check(const gguf_context * model, const gguf_context * keys, std::string & problem);
+tca_status tca_gguf_check(const gguf_context * gguf, std::string & problem);  // keys in the model's own file
 
 // Tokens kept of one group under a configuration row; group_size for TCA_HEAD_DENSE, 0 for TCA_HEAD_SLIDING. The row must
 // be valid.

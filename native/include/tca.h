@@ -84,9 +84,23 @@ struct tca_budgets {
 // Checks every field and every sum. TCA_OK or TCA_ERR_BUDGETS.
 TCA_API tca_status tca_budgets_check(const struct tca_budgets * budgets);
 
-// Reads the metadata of a GGUF file (no tensor data) and checks its tca.* keys just as the runtime does.
+// Reads the metadata of a model's GGUF file (no tensor data) and checks its budgets just as the runtime does: its own tca.* keys,
+// or those of a file of keys (tca_file_source()).
 // TCA_OK: valid. TCA_NO_BUDGETS: none there. TCA_ERR_BUDGETS / TCA_ERR_UNSUPPORTED / TCA_ERR_IO: see tca_last_error().
 TCA_API tca_status tca_file_check(const char * path);
+
+// The file whose tca.* keys the runtime takes for a model: `path` itself, or a file of keys that was made for this model (where
+// TCA_BUDGETS points, "<stem>.tca.gguf" beside it, or in the user's folder; the rule: native/budgets/tca-source.h).
+// TCA_OK: written to source [n_max] with its terminating zero. TCA_NO_BUDGETS: there is none. TCA_ERR_ARGUMENT: n_max is too small.
+TCA_API tca_status tca_file_source(const char * path, char * source, size_t n_max);
+
+// What tells a model's weights from another's, 16 hex digits and a zero: see tca_identity() in native/budgets/tca-source.h.
+TCA_API tca_status tca_file_identity(const char * path, char identity[17]);
+
+// Where embed-budgets puts a file of keys: beside the model by its path, or by its identity in the user's folder.
+// TCA_ERR_ARGUMENT: n_max is too small, or the user has no folder.
+TCA_API tca_status tca_file_beside(const char * path, char * beside, size_t n_max);
+TCA_API tca_status tca_user_budgets(char * folder, size_t n_max);
 
 // Tokens that one group of G leaves behind under config row `config`: sum_j keep_counts[j]*configs[config][j], G if dense.
 // Negative tca_status on failure.

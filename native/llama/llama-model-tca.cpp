@@ -1,5 +1,6 @@
 #include "llama-model-tca.h"
 
+#include "budgets/tca-source.h"
 #include "llama-memory-tca.h"
 #include "tca-archs.h"
 #include "tca-cpu-backend.h"
@@ -108,7 +109,7 @@ std::string llama_tca_misfit(const llama_model & model, const tca_budgets & budg
     return "";
 }
 
-void llama_tca_load(llama_model & model, llama_model_loader & ml) {
+void llama_tca_load(llama_model & model, llama_model_loader & ml, const std::string & path) {
     const auto it = ml.kv_overrides.find("tca.enabled");
     const llama_model_kv_override * forced = it == ml.kv_overrides.end() ? nullptr : &it->second;
     if (forced && forced->tag != LLAMA_KV_OVERRIDE_TYPE_BOOL) {
@@ -125,7 +126,17 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
     tca_budgets_data budgets;
     bool             enabled = true;
     std::string      problem;
-    const tca_status status = tca_budgets_from_gguf(ml.metadata, shape.n_layer, shape.n_head_kv, budgets, enabled, problem);
+    tca_source       source;
+    if (!tca_source_find(ml.metadata, path, source, problem)) {
+        throw std::runtime_error(problem + " (load without TCA: --override-kv tca.enabled=bool:false)");
+    }
+    if (!source.note.empty()) {
+        LLAMA_LOG_WARN("tca: %s\n", source.note.c_str());
+    }
+    const tca_status status = tca_budgets_from_gguf(source.gguf, shape.n_layer, shape.n_head_kv, budgets, enabled, problem);
+    if (!source.path.empty() && !problem.empty()) {
+        problem = source.path + ": " + problem;
+    }
 
     if (status == TCA_NO_BUDGETS) {
         if (forced) {
@@ -149,7 +160,7 @@ void llama_tca_load(llama_model & model, llama_model_loader & ml) {
     if (!misfit.empty()) {
         throw std::runtime_error(misfit + "; run embed-budgets again (load without TCA: --override-kv tca.enabled=bool:false)");
     }
-    model.tca = std::make_shared<llama_tca_model>(llama_tca_model { std::move(budgets) });
+    model.tca = std::make_shared<llama_tca_model>(llama_tca_model { std::move(budgets), source.path });
 }
 
 // Empty: contexts of this kind use the ragged cache; else why they use the stock one. Before the sizes of the context are rounded.
@@ -218,7 +229,7 @@ static llama_tca_rest recurrent_rest(const llama_model & model, const llama_memo
 
 // The one line that says which cache is in use. A warning, because llama.cpp's programs show no other level by default, and a
 // user who does not see it cannot tell the two caches apart.
-static void say_on(const llama_memory_tca & memory, const llama_cparams & cparams, const llama_memory_params & params) {
+static void say_on(const llama_model & model, const llama_memory_tca & memory, const llama_cparams & cparams, const llama_memory_params & params) {
     const llama_tca_store       & store = memory.get_store();
     const tca_plan        & plan  = store.full_plan();
     const llama_tca_bytes   bytes = llama_tca_count_bytes(memory);
@@ -233,9 +244,10 @@ static void say_on(const llama_memory_tca & memory, const llama_cparams & cparam
     const tca_cpu_functions * functions = tca_cpu_functions_get();
     const std::string cpu = functions ? format("%s (%s)", functions->simd(), tca_cpu_library().c_str()) : "none";
     LLAMA_LOG_WARN("tca: ragged KV cache on: %.2f MiB instead of %.2f MiB dense (%.1f%%) for %s; K %s, V %s; %u of %u layers have "
-            "budgets; metric %s, window %u, sinks %u; CPU kernels %s\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
+            "budgets%s%s; metric %s, window %u, sinks %u; CPU kernels %s\n", bytes.allocated/1048576.0, bytes.stock/1048576.0,
             100.0*bytes.allocated/bytes.stock, slots.c_str(), ggml_type_name(params.type_k), ggml_type_name(params.type_v),
-            n_stored, plan.n_layer(), plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks, cpu.c_str());
+            n_stored, plan.n_layer(), model.tca->source.empty() ? "" : " from ", model.tca->source.c_str(),
+            plan.budgets.metric.c_str(), plan.budgets.window, plan.budgets.sinks, cpu.c_str());
 }
 
 static thread_local bool want_stock = false;  // create_memory() is asked for a stock memory by us
@@ -278,7 +290,7 @@ llama_memory_i * llama_tca_create_memory(const llama_model & model, const llama_
     }
     auto memory = std::make_unique<llama_memory_tca>(model, cparams, params.type_k, params.type_v, std::move(rest), params.swa_full);
     if (!model.hparams.no_alloc) {
-        say_on(*memory, cparams, params);
+        say_on(model, *memory, cparams, params);
     }
     return memory.release();
 }

@@ -17,11 +17,13 @@ class  llm_graph_result;
 
 struct llama_tca_model {
     tca_budgets_data budgets;
+    std::string      source;  // the file of keys that they come from; empty: the model's own file, or tca_model_set_budgets
 };
 
-// Reads and validates the tca.* keys after the hyperparameters are known. Leaves model.tca empty if there are none or if
-// tca.enabled is false (in the file or by override). Throws std::runtime_error that names the key or the reason.
-void llama_tca_load(llama_model & model, llama_model_loader & ml);
+// Reads and validates the tca.* keys after the hyperparameters are known, from where tca-source.h says. Leaves model.tca empty
+// if there are none or if tca.enabled is false (in the file or by override). path: of the model's file, its first part if it is
+// split; empty if there is none. Throws std::runtime_error that names the key or the reason.
+void llama_tca_load(llama_model & model, llama_model_loader & ml, const std::string & path);
 
 // Empty if the ragged cache can serve this model, else the reason.
 std::string llama_tca_unsupported(const llama_model & model);

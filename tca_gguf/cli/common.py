@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tca_gguf import names
 from tca_gguf.errors import TcaError
 from tca_gguf.loading import KV_TYPES
 
@@ -265,8 +267,20 @@ class FractionList(click.ParamType):
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+class ModelName(click.ParamType):
+    """A model as people name it, see `names`; its path."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return value if isinstance(value, Path) else names.resolve(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 def model_argument(f: F) -> F:
-    return click.argument("model", type=click.Path(path_type=Path))(f)
+    return click.argument("model", type=ModelName())(f)
 
 
 def json_option(f: F) -> F:

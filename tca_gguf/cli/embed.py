@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from tca_gguf import beside as where
 from tca_gguf import gguf_file, kv
 from tca_gguf.budgets import Budgets
 from tca_gguf.calib import DEFAULT_KEEP, DEFAULT_METRIC, DEFAULT_TOKENS
@@ -55,7 +56,8 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 
 @click.command("embed-budgets")
 @model_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here.  [default: MODEL itself, in place]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write here; a name that ends with .tca.gguf gets keys only.  [default: MODEL itself, or beside it]")
+@click.option("--beside/--in-place", default=None, help="Write a small file of keys beside the model (MODEL.tca.gguf), or into the model.  [default: as suits the model]")
 @click.option("--keep", type=Number(0.0, 1.0, above=True),
               help=f"Mean share of the evicted region's tokens that heads keep.  [default: {DEFAULT_KEEP}]")  # fmt: skip
 @click.option("--max-error", type=Number(0.0, above=True),
@@ -76,6 +78,7 @@ def _summary(budgets: Budgets, model: Path, written: Path | None) -> dict:
 def embed_budgets(
     model: Path,
     output: Path | None,
+    beside: bool | None,
     keep: float | None,
     max_error: float | None,
     metric: str,
@@ -89,24 +92,33 @@ def embed_budgets(
     verbose: bool,
     as_json: bool,
 ) -> None:
-    """Calibrate MODEL and write its head budgets into the file.
+    """Calibrate MODEL and write its head budgets into the file, or beside it.
 
     One forward pass over a calibration text measures how much of the context each attention head can do without. The
     budgets become tca.* keys in the GGUF metadata; the tensor data stays as it is, and a stock llama.cpp still loads
     the file. The file is replaced atomically: whatever happens, it is either the old or the new one.
 
+    A model that is split, read-only, larger than 4 GiB or in a content-addressed store (Ollama's, Hugging Face's) is not
+    touched: the budgets go into a file of some kilobytes, MODEL.tca.gguf beside it or in your own folder, which the
+    runtime finds. MODEL may be a path, ollama:NAME or hf:ORG/REPO.
+
     \b
     Example:
       tca-gguf embed-budgets model.gguf
       tca-gguf embed-budgets model.gguf -o model-tca.gguf --keep 0.25
+      tca-gguf embed-budgets ollama:llama3.2
     """
     from tca_gguf import calib, llama, logs, native
 
     if metric not in native.metrics():
         raise TcaError(f"--metric {metric!r} is unknown; this build knows: {', '.join(native.metrics())}")
-    target = output or model
-    # whatever would stop the writing is said before the minutes of calibration
-    shape = gguf_file.model_shape(model) if dry_run else gguf_file.check_embeddable(model, target)
+    shape = gguf_file.model_shape(model)
+    place = where.place_for(model, output, beside) if not dry_run else where.Place(model, False)
+    if not dry_run:
+        # whatever would stop the writing is said before the minutes of calibration
+        where.check_place(model, place)
+        if place.why:
+            click.echo(f"note: {place.why}; the budgets go to {place.path}", err=True)
     documents = _read_texts(texts)
     logs.take_over(llama.load(), verbose)
     with progress_bar() as advance:
@@ -115,8 +127,11 @@ def embed_budgets(
             n_threads=threads, n_gpu_layers=gpu_layers,
         )
         if not dry_run:
-            gguf_file.embed_budgets(model, target, budgets, lambda done, total: advance(done, total, "writing"))
-    summary = _summary(budgets, model, None if dry_run else target)
+            if place.keys:
+                gguf_file.write_keys(model, place.path, budgets)
+            else:
+                gguf_file.embed_budgets(model, place.path, budgets, lambda done, total: advance(done, total, "writing"))
+    summary = _summary(budgets, model, None if dry_run else place.path)
     if as_json:
         emit_json(summary)
         return
@@ -126,7 +141,7 @@ def embed_budgets(
         f"{shape.name}: heads keep {summary['kept_fraction']:.1%} of the evicted region (from {low:.0%} to {high:.0%}); "
         f"KV cache of {n_ctx} tokens: {size(expected['tca'])} in place of {size(expected['dense'])}"
     )
-    click.echo("dry run: nothing was written" if dry_run else f"budgets written to {target}")
+    click.echo("dry run: nothing was written" if dry_run else f"budgets written to {place.path}")
 
 
 @click.command("strip-budgets")
@@ -136,16 +151,33 @@ def embed_budgets(
 def strip_budgets(model: Path, output: Path | None, as_json: bool) -> None:
     """Remove the budgets from MODEL: the file becomes what it was before embed-budgets, byte for byte.
 
+    Files of keys that belong to it, beside it or in your own folder, are deleted. With -o nothing but a copy is written.
+
     \b
     Example:
       tca-gguf strip-budgets model.gguf
     """
     target = output or model
-    with progress_bar() as advance:
-        found = gguf_file.strip_budgets(model, target, lambda done, total: advance(done, total, "writing"))
+    deleted = where.files_of(model) if output is None else []
+    for path in deleted:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise TcaError(f"{path} cannot be deleted: {error.strerror}") from None
+    own = output is not None or gguf_file.own_keys(model)
+    found = False
+    if own:
+        with progress_bar() as advance:
+            found = gguf_file.strip_budgets(model, target, lambda done, total: advance(done, total, "writing"))
     if as_json:
-        emit_json({"model": str(model), "written": str(target) if found or target != model else None, "stripped": found})
-    elif found:
+        emit_json({"model": str(model), "written": str(target) if found or target != model else None, "stripped": found or bool(deleted),
+                   "deleted": [str(path) for path in deleted]})  # fmt: skip
+        return
+    for path in deleted:
+        click.echo(f"{path} deleted")
+    if deleted and not found:
+        return
+    if found:
         click.echo(f"budgets removed from {target}" if target == model else f"{target} written without budgets")
     else:
         click.echo(f"{model} has no budgets" + ("" if target == model else f"; copied to {target}"))

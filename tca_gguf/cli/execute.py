@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from tca_gguf import names
 from tca_gguf.errors import TcaError
 
 PROGRAMS = (
@@ -37,6 +38,8 @@ def execute(ctx: click.Context, program: str | None, args: tuple[str, ...]) -> N
     from tca_gguf.llama import program as find
 
     path = find(program)
+    # models as people name them, behind the option of llama.cpp's programs
+    args = tuple(str(names.resolve(arg)) if before in ("-m", "--model") else arg for before, arg in zip(("", *args), args, strict=False))
     sys.stdout.flush()
     try:
         os.execv(path, [str(path), *args])

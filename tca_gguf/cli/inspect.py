@@ -175,12 +175,15 @@ def inspect_command(model: Path, picture: Path | None, as_json: bool) -> None:
     shape, budgets = gguf_file.read_model(model)
     if budgets is None:
         raise TcaError(f"{model} has no budgets; write some with: embed-budgets {model}")
-    info = describe(budgets, shape)
+    source = gguf_file.source_of(model) or model
+    info = describe(budgets, shape) | {"source": str(source)}
     if picture is not None:
         plot(budgets, shape, picture)
     if as_json:
         emit_json(info)
         return
     show(out(), budgets, shape, info)
+    if source != model:
+        click.echo(f"budgets from {source}")
     if picture is not None:
         click.echo(f"picture written to {picture}")

@@ -23,7 +23,7 @@ from tca_gguf.calib import DEFAULT_METRIC
 from tca_gguf.calib.configs import integer_counts, powers_of_two
 from tca_gguf.calib.stream import Layout
 from tca_gguf.errors import TcaError
-from tca_gguf.gguf_file import ModelShape, read_budgets
+from tca_gguf.gguf_file import ModelShape, own_budgets, read_budgets
 from tca_gguf.loading import context_size
 
 from . import streaming_llm
@@ -144,7 +144,7 @@ def fixed_policy(name: str, kv_type: str, shape: ModelShape, uniform: Callable[[
     if name in DENSE_TYPES:
         return Policy(name, DENSE_TYPES[name])
     if name.endswith(".gguf"):
-        budgets = read_budgets(name)
+        budgets = own_budgets(name) or read_budgets(name)
         if budgets is None:
             raise TcaError(f"{name} carries no budgets")
         if budgets.head_config.shape != (shape.n_layer, shape.n_head_kv):

@@ -112,12 +112,14 @@ ERRORS = [
     (["inspect", "embedded.gguf", "--plot", "no/such/dir.png"], "cannot be written"),
     (["inspect", "embedded.gguf", "--plot", "picture.nope"], "cannot be written"),
     (["strip-budgets", "none.gguf"], "none.gguf does not exist"),
-    (["strip-budgets", "split.gguf"], "one part of a split GGUF file"),
+    (["strip-budgets", "split.gguf", "-o", "x.gguf"], "one part of a split GGUF file"),
     (["strip-budgets", "embedded.gguf", "-o", "no/dir/x.gguf"], "does not exist"),
     (["strip-budgets", "readonly.gguf"], "readonly.gguf is read-only"),
     (["embed-budgets", "none.gguf"], "none.gguf does not exist"),
     (["embed-budgets", "junk.gguf"], "not a readable GGUF file"),
-    (["embed-budgets", "readonly.gguf"], "readonly.gguf is read-only"),
+    (["embed-budgets", "readonly.gguf", "--in-place"], "readonly.gguf is read-only"),
+    (["embed-budgets", "ollama:none"], "ollama:none is not in"),
+    (["chat", "hf:a/b"], "nothing is downloaded"),
     (["embed-budgets", "split.gguf"], "one part of a split GGUF file"),
     (["embed-budgets", "plain.gguf", "-o", "no/dir.gguf"], "does not exist"),
     (["embed-budgets", "plain.gguf", "--text", "none.txt"], "none.txt cannot be read"),
@@ -241,13 +243,13 @@ def test_embed_elsewhere_and_dry_run(plain, calibrated, tmp_path):
     assert Path(plain).read_bytes() == original
     assert same_budgets(gguf_file.read_budgets(target), make_budgets(5))
     result = run("strip-budgets", str(target), "-o", str(tmp_path / "stripped.gguf"), "--json")
-    assert json.loads(result.stdout) == {"model": str(target), "written": str(tmp_path / "stripped.gguf"), "stripped": True}
+    assert json.loads(result.stdout) == {"model": str(target), "written": str(tmp_path / "stripped.gguf"), "stripped": True, "deleted": []}
     assert (tmp_path / "stripped.gguf").read_bytes() == original
 
 
 def test_inspect_json_shape(embedded):
     info = json.loads(run("inspect", embedded, "--json").stdout)
-    assert list(info) == ["kept_fraction", "block_size", "group_size", "window", "sinks", "metric", "heads", "kv_bytes", "n_ctx_train"]
+    assert list(info) == ["kept_fraction", "block_size", "group_size", "window", "sinks", "metric", "heads", "kv_bytes", "n_ctx_train", "source"]
     budgets = make_budgets()
     fractions, errors = budgets.head_kept_fraction(), budgets.calibration.errors
     assert len(info["heads"]) == N_LAYER * N_HEAD_KV
