@@ -3,7 +3,8 @@
     from tca_gguf import Llama
     llm = Llama("model.gguf", n_ctx=32768)      # llama-cpp-python's class over the patched runtime
 
-Importing the package loads no native library; the first use of `Llama` or of `tca_gguf.native` does.
+`import llama_cpp` after `import tca_gguf` gives llama-cpp-python over the patched runtime, too. Importing the package loads no
+native library; the first use of `Llama`, of `tca_gguf.native` or of llama_cpp does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def _find_built_package() -> None:
 _find_built_package()
 
 from tca_gguf.errors import TcaError  # noqa: E402
+from tca_gguf.llama import Finder  # noqa: E402
+
+if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+    sys.meta_path.insert(0, Finder())
 
 if TYPE_CHECKING:
     from tca_gguf.budgets import Budgets

@@ -7,6 +7,9 @@ Our libraries and the Python layer must come from one release: its ctypes defini
 `load` therefore takes the installed llama-cpp-python if its version is the pinned one, and the copy inside this package
 (_layer) if none is installed; any other version is refused with the command that fixes it. Nothing is patched: the layer
 is pointed at our libraries through its own LLAMA_CPP_LIB_PATH, for the time of the import only.
+
+`import tca_gguf; import llama_cpp` does the same: importing the package tells Python's import system where llama_cpp is
+(`Finder`), and loads nothing. Programs that do not import tca_gguf: see dropin.py.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import os
 import re
 import sys
 from contextlib import contextmanager
-from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -78,10 +82,10 @@ def pinned_version() -> str:
 # ---- which layer -----------------------------------------------------------------------------------------------------
 
 
-def _version_of(spec: ModuleSpec) -> str | None:
-    """__version__ of a llama_cpp package, read from its source: importing it would load its libraries."""
+def version_in(init: Path) -> str | None:
+    """__version__ of a llama_cpp package, read from its __init__.py: importing it would load its libraries."""
     try:
-        text = Path(spec.origin or "").read_text(encoding="utf-8")
+        text = init.read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
@@ -89,8 +93,8 @@ def _version_of(spec: ModuleSpec) -> str | None:
 
 
 def _fix(pin: str) -> str:
-    return (f'run: CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={pin} '
-            "(or: pip uninstall llama-cpp-python, and tca_gguf uses its own copy)")
+    return (f"run: pip uninstall llama-cpp-python, and tca_gguf uses its own copy of {pin} (for programs that import llama_cpp "
+            "without tca_gguf run after it: tca-gguf activate)")  # fmt: skip
 
 
 def layer_spec(installed: ModuleSpec | None, pin: str, own: Path) -> ModuleSpec:
@@ -99,7 +103,7 @@ def layer_spec(installed: ModuleSpec | None, pin: str, own: Path) -> ModuleSpec:
     TcaError if another version is installed, or if neither is there.
     """
     if installed is not None:
-        version = _version_of(installed)
+        version = version_in(Path(installed.origin or ""))
         if version != pin:
             where = Path(installed.origin).parent if installed.origin else "an unknown place"
             raise TcaError(f"llama-cpp-python {version or 'of an unknown version'} is installed in {where}, "
@@ -107,7 +111,8 @@ def layer_spec(installed: ModuleSpec | None, pin: str, own: Path) -> ModuleSpec:
         return installed
     init = own / "llama_cpp" / "__init__.py"
     if not init.is_file():
-        raise TcaError(f"tca_gguf carries no Python layer of llama-cpp-python {pin}; {_fix(pin)}")
+        raise TcaError(f"tca_gguf carries no Python layer of llama-cpp-python {pin}; reinstall tca-gguf, or run: "
+                       f'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={pin}')  # fmt: skip
     spec = importlib.util.spec_from_file_location("llama_cpp", init, submodule_search_locations=[str(init.parent)])
     assert spec is not None
     return spec
@@ -122,8 +127,8 @@ def check_loaded(module: ModuleType, pin: str, libraries: Path) -> None:
         raise TcaError(f"llama_cpp {version or 'of an unknown version'} was imported before tca_gguf, "
                        f"which was built from {pin}; {_fix(pin)}")
     if not path.is_file() or path.resolve().parent != libraries.resolve():
-        raise TcaError(f"llama_cpp was imported before tca_gguf and runs on {path}; import Llama from tca_gguf first, "
-                       f"or start Python with LLAMA_CPP_LIB_PATH={libraries}")
+        raise TcaError(f"llama_cpp was imported before tca_gguf and runs on {path}; import tca_gguf first, "
+                       "or start the program with: tca-gguf exec python ...")  # fmt: skip
 
 
 @contextmanager
@@ -142,6 +147,54 @@ def _library_path(libraries: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class LayerLoader(SourceFileLoader):
+    """Executes the llama_cpp package over `libraries`."""
+
+    libraries: Path
+
+    def exec_module(self, module: ModuleType) -> None:
+        with _library_path(self.libraries):
+            super().exec_module(module)
+            if any(self.libraries.glob("*mtmd*")):
+                importlib.import_module("llama_cpp.mtmd_cpp")  # images and sound; it would look for its library later
+
+
+def layer_over(libraries: Path, spec: ModuleSpec) -> ModuleSpec:
+    """The llama_cpp package of ``spec``, to be executed over ``libraries``."""
+    assert spec.origin is not None
+    loader = LayerLoader("llama_cpp", spec.origin)
+    loader.libraries = libraries
+    ours = importlib.util.spec_from_file_location("llama_cpp", spec.origin, loader=loader,
+                                                  submodule_search_locations=list(spec.submodule_search_locations or []))  # fmt: skip
+    assert ours is not None
+    return ours
+
+
+class Finder(MetaPathFinder):
+    """Makes `import llama_cpp` the layer over our libraries. `tca_gguf` puts it first in sys.meta_path; it loads nothing itself."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "llama_cpp" or path is not None:
+            return None
+        try:
+            libraries = lib_dir()
+        except TcaError:
+            return None  # installed without its native part: there is nothing to put under it
+        try:
+            return layer_over(libraries, layer_spec(installed(), pinned_version(), package_dir() / "_layer"))
+        except TcaError as error:
+            raise ImportError(str(error), name=name) from None
+
+
+def installed() -> ModuleSpec | None:
+    """The llama_cpp package that Python would import without us; None if there is none."""
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and not isinstance(finder, Finder) and (spec := find("llama_cpp", None)) is not None:
+            return spec
+    return None
+
+
 @functools.cache
 def load() -> ModuleType:
     """The llama_cpp package over our libraries, imported once. After it, `import llama_cpp` gives the same module."""
@@ -150,15 +203,12 @@ def load() -> ModuleType:
     if present is not None:
         check_loaded(present, pin, libraries)
         return present
-    spec = layer_spec(importlib.util.find_spec("llama_cpp"), pin, package_dir() / "_layer")
+    spec = layer_over(libraries, layer_spec(installed(), pin, package_dir() / "_layer"))
     module = importlib.util.module_from_spec(spec)
     sys.modules["llama_cpp"] = module
     try:
-        with _library_path(libraries):
-            assert spec.loader is not None
-            spec.loader.exec_module(module)
-            if any(libraries.glob("*mtmd*")):
-                importlib.import_module("llama_cpp.mtmd_cpp")  # images and sound; it would look for its library later
+        assert spec.loader is not None
+        spec.loader.exec_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         for name in [name for name in sys.modules if name == "llama_cpp" or name.startswith("llama_cpp.")]:
             del sys.modules[name]

@@ -12,7 +12,7 @@ from .common import OneLineErrors
 from .demo import demo_command
 from .embed import embed_budgets, strip_budgets
 from .eval import eval_command
-from .execute import execute
+from .execute import activate_command, deactivate_command, execute
 from .generate import generate_command
 from .inspect import inspect_command
 from .models import models_command
@@ -49,6 +49,8 @@ for command in (
     eval_command,
     demo_command,
     execute,
+    activate_command,
+    deactivate_command,
 ):
     cli.add_command(command)
 

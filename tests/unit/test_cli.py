@@ -26,7 +26,7 @@ from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
 from tca_gguf.errors import TcaError
 
-COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "models", "generate", "chat", "bench", "eval", "demo", "exec")
+COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "models", "generate", "chat", "bench", "eval", "demo", "exec", "activate", "deactivate")
 
 
 @pytest.fixture
@@ -144,6 +144,8 @@ ERRORS = [
     (["eval", "embedded.gguf", "--plot", "no/dir.png"], "no/dir.png cannot be written"),
     (["eval", "embedded.gguf", "--plot", "picture.nope"], "picture.nope cannot be written"),
     (["exec", "llama-nothing"], "llama-nothing is not in"),
+    (["exec", "no-such-program"], "no-such-program is not found"),
+    (["exec", "llama-bench", "-m", "ollama:none"], "ollama:none is not in"),
 ]
 
 
@@ -494,9 +496,12 @@ def test_exec_replaces_the_process(monkeypatch, tmp_path):
     program = tmp_path / "llama-server"
     monkeypatch.setattr(llama, "program", lambda name: program)
     seen = []
-    monkeypatch.setattr(os, "execv", lambda path, args: seen.append((path, args)))
+    monkeypatch.setattr(os, "execve", lambda path, args, env: seen.append((path, args, env)))
     assert run("exec", "llama-server", "-m", "x.gguf", "--help", "--port", "1", "--", "-z").exit_code == 0
     assert seen[0][0] == program and seen[0][1][:6] == [str(program), "-m", "x.gguf", "--help", "--port", "1"]
+    assert seen[0][2]["LLAMA_CPP_LIB_PATH"] == str(llama.lib_dir())
+    assert run("exec", "python", "app.py", "-m", "x.gguf").exit_code == 0
+    assert seen[1][0].name == "python" and seen[1][1][1:] == ["app.py", "-m", "x.gguf"]
     monkeypatch.undo()
     monkeypatch.setattr(llama, "program", lambda name: program)
     result = run("exec", "llama-server")

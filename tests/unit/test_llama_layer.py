@@ -16,7 +16,7 @@ from tca_gguf import llama
 from tca_gguf.errors import TcaError
 
 PIN = "9.9.9"
-FIX = f'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={PIN}'
+FIX = f'CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={PIN}'  # where we have no copy
 
 
 def write_layer(folder: Path, version: str | None) -> Path:
@@ -53,8 +53,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(llama, "package_dir", lambda: root)
     for cached in ("load", "llama_class"):
         monkeypatch.setattr(llama, cached, getattr(llama, cached).__wrapped__)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else find(name, *rest))
+    monkeypatch.setattr(llama, "installed", lambda: None)
+    monkeypatch.setattr(sys, "meta_path", [llama.Finder(), *(f for f in sys.meta_path if not isinstance(f, llama.Finder))])
     for name in [name for name in sys.modules if name.split(".")[0] == "llama_cpp"]:
         monkeypatch.delitem(sys.modules, name)
     yield root
@@ -64,7 +64,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, version: str | None) -> ModuleSpec:
     spec = spec_of(write_layer(folder, version))
-    monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name, *rest: spec)
+    monkeypatch.setattr(llama, "installed", lambda: spec)
     return spec
 
 
@@ -94,7 +94,7 @@ def test_installed_layer_of_another_version(package: Path, tmp_path: Path, monke
     with pytest.raises(TcaError) as caught:
         llama.load()
     text = str(caught.value)
-    assert FIX in text and "pip uninstall llama-cpp-python" in text and PIN in text and str(tmp_path / "site") in text
+    assert "pip uninstall llama-cpp-python" in text and "tca-gguf activate" in text and PIN in text and str(tmp_path / "site") in text
     assert (version or "unknown version") in text and "\n" not in text
     assert "llama_cpp" not in sys.modules, "its libraries were not loaded"
 
@@ -116,7 +116,7 @@ def test_already_imported_over_other_libraries(package: Path, tmp_path: Path, mo
     other = tmp_path / "libllama.so"
     other.touch()
     imported(monkeypatch, PIN, other)
-    with pytest.raises(TcaError, match=f"runs on {other}; import Llama from tca_gguf first"):
+    with pytest.raises(TcaError, match=f"runs on {other}; import tca_gguf first"):
         llama.load()
 
 
@@ -138,6 +138,26 @@ def test_no_layer_at_all(package: Path) -> None:
     with pytest.raises(TcaError, match="carries no Python layer") as caught:
         llama.load()
     assert FIX in str(caught.value)
+
+
+def test_import_llama_cpp_after_tca_gguf(package: Path) -> None:
+    import llama_cpp
+
+    assert Path(llama_cpp.__file__).parent == package / "_layer" / "llama_cpp"
+    assert llama_cpp.llama_cpp._lib._name == str(package / "lib" / "libllama.so") and llama.load() is llama_cpp
+    assert sys.modules["llama_cpp.mtmd_cpp"].found == str(package / "lib")
+
+
+def test_import_llama_cpp_of_another_version_is_refused(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tmp_path / "site", "0.1.0")
+    with pytest.raises(ImportError, match="llama-cpp-python 0.1.0 is installed.*pip uninstall llama-cpp-python"):
+        import llama_cpp  # noqa: F401
+
+
+def test_the_finder_is_there_once_and_finds_nothing_else() -> None:
+    importlib.reload(importlib.import_module("tca_gguf"))
+    (finder,) = [finder for finder in sys.meta_path if type(finder).__name__ == "Finder" and type(finder).__module__ == "tca_gguf.llama"]
+    assert finder.find_spec("llama_cpp.server", ["x"]) is None and finder.find_spec("numpy", None) is None
 
 
 def test_a_damaged_pin(package: Path) -> None:

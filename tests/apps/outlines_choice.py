@@ -1,0 +1,10 @@
+"""outlines: outlines_choice.py MODEL, the question on stdin. The answer is one of two words, by grammar."""
+
+import sys
+from typing import Literal
+
+import outlines
+from llama_cpp import Llama
+
+model = outlines.from_llamacpp(Llama(sys.argv[1], n_ctx=4096))
+print(model(sys.stdin.read(), Literal["marigold", "tulip"], max_tokens=12, temperature=0.0))
