@@ -9,7 +9,9 @@ from tca_gguf import __version__
 from .bench import bench_command
 from .chat import chat_command
 from .common import OneLineErrors
+from .completion import completion_command
 from .demo import demo_command
+from .doctor import doctor_command
 from .embed import embed_budgets, strip_budgets
 from .eval import eval_command
 from .execute import activate_command, deactivate_command, execute
@@ -51,6 +53,8 @@ for command in (
     execute,
     activate_command,
     deactivate_command,
+    doctor_command,
+    completion_command,
 ):
     cli.add_command(command)
 

@@ -172,10 +172,11 @@ def inspect_command(model: Path, picture: Path | None, as_json: bool) -> None:
       tca-gguf inspect model.gguf
       tca-gguf inspect model.gguf --plot budgets.png
     """
-    shape, budgets = gguf_file.read_model(model)
+    reader = gguf_file.open_header(model)  # once: a vocabulary takes its time
+    shape, budgets = gguf_file.read_model(model, reader)
     if budgets is None:
         raise TcaError(f"{model} has no budgets; write some with: embed-budgets {model}")
-    source = gguf_file.source_of(model) or model
+    source = gguf_file.source_of(model, reader) or model
     info = describe(budgets, shape) | {"source": str(source)}
     if picture is not None:
         plot(budgets, shape, picture)

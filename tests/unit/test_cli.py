@@ -26,7 +26,7 @@ from tca_gguf.cli import common as cli_common
 from tca_gguf.cli import docs
 from tca_gguf.errors import TcaError
 
-COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "models", "generate", "chat", "bench", "eval", "demo", "exec", "activate", "deactivate")
+COMMANDS = ("embed-budgets", "strip-budgets", "inspect", "models", "generate", "chat", "bench", "eval", "demo", "exec", "activate", "deactivate", "doctor", "completion")
 
 
 @pytest.fixture
