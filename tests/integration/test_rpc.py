@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -21,6 +23,14 @@ from tca_gguf.errors import TcaError
 from tca_gguf.llama import program
 
 CLIENT = Path(__file__).with_name("rpc_client.py")
+HEADER = Path(__file__).parents[2] / "native" / "ops" / "tca-ops.h"
+
+
+def node_of_ours() -> re.Pattern[bytes]:
+    """The op_params of any node: no function, GGML_N_TASKS_MAX, the operation, the mark of this version."""
+    magic = re.search(r"TCA_MAGIC = (0x[0-9a-f]+);", HEADER.read_text())
+    assert magic
+    return re.compile(re.escape(struct.pack("<qi", 0, -1)) + b"...." + re.escape(struct.pack("<I", int(magic[1], 16))), re.DOTALL)
 
 
 def free_port() -> int:
@@ -126,7 +136,15 @@ def test_a_stock_server_is_refused_before_it_is_sent_a_node(tca_model: Path) -> 
     line = answer["refused"].strip().splitlines()
     assert any(f"127.0.0.1:{proxy.port}" in text and "not tca-gguf's; start it there with: tca-gguf exec rpc-server" in text for text in line), line
     assert len(proxy.sent) > 1 << 20  # the weights
-    assert b"TCA2" not in proxy.sent  # the mark of our nodes
+    assert not node_of_ours().search(proxy.sent)
+
+
+def test_a_server_of_ours_is_sent_them(tca_model: Path, local: dict) -> None:
+    with server() as (port, _):
+        proxy = Proxy(port)  # changes nothing: the control of the test above
+        remote = result(client(tca_model, f"127.0.0.1:{proxy.port}", "run"))
+    assert remote["tokens"] == local["tokens"]
+    assert node_of_ours().search(proxy.sent)
 
 
 def test_another_build_is_refused(tca_model: Path) -> None:
