@@ -91,7 +91,7 @@ llama_memory_context_ptr llama_memory_tca::init_batch(llama_batch_allocr & ballo
     if (!holds_batch(balloc.get_batch(), n_tokens) || !find_room(n_tokens)) {
         return failed();  // a full context: llama_decode returns 1, as with the stock cache
     }
-    if (rest.memory) {
+    if (rest.memory && !rest.take) {
         llama_memory_context_ptr ctx = rest.memory->init_batch(balloc, n_ubatch, embd_all);
         const llama_memory_status status = ctx->get_status();
         return status != LLAMA_MEMORY_STATUS_SUCCESS ? std::make_unique<llama_memory_tca_context>(this, std::move(ctx), status) :
@@ -100,7 +100,7 @@ llama_memory_context_ptr llama_memory_tca::init_batch(llama_batch_allocr & ballo
     balloc.split_reset();
     std::vector<llama_ubatch> ubatches;
     while (true) {
-        llama_ubatch ubatch = balloc.split_equal(n_ubatch, false, 0);
+        llama_ubatch ubatch = balloc.split_equal(n_ubatch, rest.sequential, 0);
         if (ubatch.n_tokens == 0) {
             break;
         }
@@ -117,6 +117,7 @@ llama_memory_context_ptr llama_memory_tca::init_full() {
 }
 
 llama_memory_context_ptr llama_memory_tca::init_update(llama_context * lctx, bool optimize) {
+    owner = lctx;
     llama_memory_context_ptr ctx = rest.memory ? rest.memory->init_update(lctx, optimize) : nullptr;
     llama_memory_status status = ctx ? ctx->get_status() : LLAMA_MEMORY_STATUS_NO_UPDATE;
     if (!optimize) {
@@ -148,7 +149,7 @@ void llama_memory_tca::clear(bool data) {
     std::fill(held.begin(), held.end(), llama_tca_store::rows());
     queue.clear();
     wanted.clear();
-    compacting.clear();
+    unfinished.clear();
     if (data) {
         store.clear_data();
     }
@@ -216,9 +217,10 @@ bool llama_memory_tca::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const size_t first = seq_id < 0 ? 0              : seq_id;
     const size_t last  = seq_id < 0 ? streams.size() : seq_id + 1;
     for (size_t s = first; s < last; ++s) {
-        if (std::find(compacting.begin(), compacting.end(), s) != compacting.end()) {
-            // llama_decode takes back a micro-batch that failed: a group may be compacted in some layers and not in others
-            LLAMA_LOG_WARN("tca: the micro-batch that failed was compacting sequence %zu, which is now empty\n", s);
+        if (std::find(unfinished.begin(), unfinished.end(), s) != unfinished.end()) {
+            // llama_decode takes back a micro-batch that failed: a group may be compacted in some layers and not in others, and a
+            // recurrent state may have gone on
+            LLAMA_LOG_WARN("tca: the micro-batch that failed has changed sequence %zu for good, which is now empty\n", s);
             drop(s);
         }
     }
@@ -280,6 +282,13 @@ void llama_memory_tca::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, 
 }
 
 void llama_memory_tca::do_pending() const {
+    if (rest.memory && owner) {
+        // a stock memory puts copies off, too, and does not make up for it before its states are read or written
+        const llama_memory_context_ptr update = rest.memory->init_update(owner, false);
+        if (update->get_status() == LLAMA_MEMORY_STATUS_SUCCESS) {
+            update->apply();
+        }
+    }
     for (const pending & op : queue) {
         if (op.what == pending::UNDO) {
             store.undo_compaction(op.from, op.held.state, op.n_tokens);
@@ -363,7 +372,7 @@ llama_tca_bytes llama_memory_tca::bytes() const {
     const uint64_t beside = rest.memory ? sum(rest.memory->memory_breakdown()) : 0;
     uint64_t beyond_stock = 0;
     if (rest.sliding) {
-        const uint64_t n_cells = (uint64_t) rest.sliding->get_size()*streams.size();
+        const uint64_t n_cells = (uint64_t) rest.sliding->get_size()*rest.sliding->get_n_stream();
         beyond_stock = sum(rest.sliding->memory_breakdown())/n_cells*(n_cells - std::min(rest.n_cells_stock, n_cells));
     }
     return { beside + store.bytes(), beside + store.bytes_dense() - beyond_stock };
@@ -593,19 +602,25 @@ llama_memory_tca_context::llama_memory_tca_context(llama_memory_tca * memory, ll
 
 llama_memory_tca_context::~llama_memory_tca_context() {
     if (what == BATCH) {
-        memory->compacting.clear();
+        memory->unfinished.clear();
     }
 }
 
 bool llama_memory_tca_context::next() {
-    memory->compacting.clear();
+    memory->unfinished.clear();
     ++i_cur;
-    return rest ? rest->next() : i_cur < ubatches.size();
+    return ubatches.empty() ? rest->next() : i_cur < ubatches.size();
 }
 
 bool llama_memory_tca_context::apply() {
     GGML_ASSERT(!llama_memory_status_is_fail(status));
 
+    if (memory->rest.take && what == BATCH) {
+        rest = memory->rest.take(ubatches[i_cur]);
+        if (llama_memory_status_is_fail(rest->get_status())) {
+            return false;
+        }
+    }
     // of an update, one part may have nothing to do
     const bool done = !rest || rest->get_status() == LLAMA_MEMORY_STATUS_NO_UPDATE || rest->apply();
     if (what == OTHER) {
@@ -634,7 +649,7 @@ bool llama_memory_tca_context::apply() {
     }
 
     cur.clear();
-    memory->compacting.clear();
+    memory->unfinished.clear();
     for (size_t i = 0; i < entries.size(); ++i) {
         const auto [id, token] = entries[i];
         memory->append(id, ubatch, token);
@@ -650,8 +665,8 @@ bool llama_memory_tca_context::apply() {
             done_tokens += segments[j].n_tokens;
         }
         const bool compacted = segments.front().compacts;  // only the last segment may not
-        if (compacted) {
-            memory->compacting.push_back(id);
+        if (compacted || (rest && !memory->rest.sliding)) {
+            memory->unfinished.push_back(id);
         }
         stream.stash = (stream.stash || compacted) && memory->store.stash_holds(stream.state);
         memory->held[id] = { stream.state, stream.stash };

@@ -10,6 +10,7 @@
 #include "llama-batch.h"
 #include "llama-memory.h"
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct llama_tca_bytes {
     uint64_t stock;
 };
 
-// The stock memory beside the store. It cuts the batches, and the store follows.
+// The stock memory beside the store.
 struct llama_tca_rest {
     llama_memory_ptr memory;  // null: every layer is in the store
 
@@ -28,6 +29,10 @@ struct llama_tca_rest {
     const llama_kv_cache * sliding = nullptr;
     uint32_t               n_swa   = 0;
     uint64_t               n_cells_stock = 0;  // cells that llama.cpp's own cache has for them
+
+    // A context of the memory over one micro-batch in equal shares of its sequences, cut for it; null: it cuts batches so itself.
+    std::function<llama_memory_context_ptr(const llama_ubatch &)> take;
+    bool sequential = false;  // it takes sequences with successive ids only
 };
 
 class llama_memory_tca : public llama_memory_i {
@@ -105,8 +110,9 @@ private:
     mutable std::vector<llama_tca_store::rows> held;        // [n_stream]
     mutable std::vector<pending>         queue;
     std::vector<uint32_t>                wanted;      // [n_stream] tokens of a batch that needs other rooms; empty: none does
-    std::vector<uint32_t>                compacting;  // streams that the micro-batch under way compacts
+    std::vector<uint32_t>                unfinished;  // streams that cannot be taken back if the micro-batch under way fails
     llama_token                          next_embedding = -1;
+    llama_context *                      owner          = nullptr;  // known from the first update, before anything is there to copy
 
     bool holds_batch(const llama_batch & batch, std::vector<uint32_t> & n_tokens) const;
     bool find_room  (const std::vector<uint32_t> & n_tokens);  // false: later, or never
@@ -147,7 +153,7 @@ public:
     bool apply() override;
 
     llama_memory_status  get_status() const override { return status; }
-    const llama_ubatch & get_ubatch() const override { return rest ? rest->get_ubatch() : ubatches[i_cur]; }
+    const llama_ubatch & get_ubatch() const override { return ubatches.empty() ? rest->get_ubatch() : ubatches[i_cur]; }
 
     const llama_memory_tca       * get_memory() const { return memory; }
     const llama_memory_context_i * get_rest()   const { return rest.get(); }
@@ -165,7 +171,7 @@ private:
     llama_memory_tca *        memory;
     llama_memory_context_ptr  rest;
     llama_memory_status       status;
-    std::vector<llama_ubatch> ubatches;  // without a rest
+    std::vector<llama_ubatch> ubatches;  // empty: the rest has cut them
     size_t                    i_cur = 0;
     step                      cur;
 };

@@ -202,16 +202,28 @@ void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams
 // A full-size sliding-window cache (swa_full, llama.cpp's default) would serve longer tails only, and the ragged cache refuses those.
 static llama_tca_rest sliding_rest(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const tca_budgets_data & b = model.tca->budgets;
-    const uint32_t longest_tail = std::min<uint64_t>((uint64_t) cparams.n_ubatch + 2*b.group_size, cparams.n_ctx_seq);
+    const bool     unified = cparams.kv_unified;  // the stock parts of a graph make their masks by it
+    const uint32_t n_tokens = cparams.n_ctx_seq*(unified ? cparams.n_seq_max : 1);  // sequences that share a context may hold more than n_ctx
+    const uint64_t tails    = 2ull*b.group_size*(unified ? cparams.n_seq_max : 1);
     auto memory = std::make_unique<llama_kv_cache_iswa>(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv,
-            /* swa_full */ false, /* unified */ false, cparams.n_ctx_seq, cparams.n_seq_max, longest_tail, 1, nullptr,
-            [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr);
+            /* swa_full */ false, unified, n_tokens, cparams.n_seq_max, std::min<uint64_t>(cparams.n_ubatch + tails, n_tokens), 1,
+            nullptr, [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr);
     llama_tca_rest rest;
-    rest.sliding = memory->get_swa();
-    rest.n_swa   = model.hparams.n_swa;
-    const uint64_t n_streams = cparams.kv_unified ? 1 : cparams.n_seq_max;
-    rest.n_cells_stock = n_streams*GGML_PAD(std::min<uint64_t>(cparams.n_ctx_seq,
-            (uint64_t) rest.n_swa*(cparams.kv_unified ? cparams.n_seq_max : 1) + cparams.n_ubatch), 256);
+    rest.sliding    = memory->get_swa();
+    rest.n_swa      = model.hparams.n_swa;
+    rest.sequential = !unified && cparams.n_seq_max > 1;
+    // One micro-batch at a time: to prepare several at once, as llama.cpp does, forgets cells that the first of them still sees
+    // (llama_kv_cache::prepare of the pin puts back the cells that it gave away, but not those that were purged with them).
+    rest.take = [iswa = memory.get()](const llama_ubatch & ubatch) -> llama_memory_context_ptr {
+        auto sinfos_base = iswa->get_base()->prepare({ ubatch });
+        auto sinfos_swa  = iswa->get_swa() ->prepare({ ubatch });
+        if (sinfos_base.empty() || sinfos_swa.empty()) {
+            return std::make_unique<llama_kv_cache_iswa_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+        }
+        return std::make_unique<llama_kv_cache_iswa_context>(iswa, std::move(sinfos_base), std::move(sinfos_swa), std::vector<llama_ubatch>{ ubatch });
+    };
+    const uint64_t n_cells = GGML_PAD(std::min<uint64_t>(cparams.n_ctx_seq, (uint64_t) rest.n_swa*(unified ? cparams.n_seq_max : 1) + cparams.n_ubatch), 256);
+    rest.n_cells_stock = n_cells*(unified ? 1 : cparams.n_seq_max);
     rest.memory  = std::move(memory);
     return rest;
 }
