@@ -144,7 +144,11 @@ static std::unique_ptr<llama_model> hparams_of(gguf_context * gguf, const std::s
     const std::string      arch  = gguf_get_val_str(gguf, id_arch);
     const tca_arch_entry * entry = tca_arch_find(llm_arch_from_string(arch));
     if (entry == nullptr || entry->inputs == TCA_INPUT_NONE) {
-        status = tca_fail(TCA_ERR_UNSUPPORTED, "TCA cannot run this model: architecture '" + arch + "' " +
+        std::string shown;  // a file's string may be long or hold control characters
+        for (size_t i = 0; i < arch.size() && i < 32; ++i) {
+            shown += arch[i] >= 0x20 && arch[i] < 0x7f ? arch[i] : '?';
+        }
+        status = tca_fail(TCA_ERR_UNSUPPORTED, "TCA cannot run this model: architecture '" + shown + "' " +
                 (entry ? std::string("is not served: ") + entry->remark : "is not known"));
         return nullptr;
     }

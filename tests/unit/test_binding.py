@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFValueType, GGUFWriter
 
+from gguf_samples import write_gguf
 from tca_gguf import native
 from tca_gguf.budgets import Budgets
 from tca_gguf.errors import TcaError
@@ -109,6 +111,48 @@ def test_file_check_names_the_file(tmp_path: Path) -> None:
     for none in (path, tmp_path, Path("/dev/null")):
         with pytest.raises(TcaError, match=re.escape(str(none))):
             native.file_check(none)
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    path.write_bytes(whole[: len(whole) // 4])
+    with pytest.raises(TcaError, match="bad.gguf"):
+        native.file_check(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("block_count", 0, "block_count must be a number from 1 to 512"),
+        ("block_count", 100000, "block_count must be a number from 1 to 512"),
+        ("nextn_predict_layers", 9, "nextn_predict_layers"),
+        ("expert_count", 5000, "expert_count"),
+        ("expert_count", 4, "expert_used_count does not fit"),
+        ("expert_used_count", 2, "expert_used_count does not fit"),
+        ("rope.scaling.type", "sideways", "rope.scaling.type is not known"),
+        ("attention.head_count", [4, 4], "head_count"),  # an array for three layers
+        ("attention.head_count_kv", [2, 1, 2], "different numbers of KV heads"),
+    ],
+)
+def test_shapes_of_hostile_files(tmp_path: Path, key: str, value: object, words: str) -> None:
+    """What llama.cpp itself would stop at with an assertion is one line here."""
+    keys = {"block_count": 3, "context_length": 512, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
+            "attention.layer_norm_rms_epsilon": 1e-6}  # fmt: skip
+
+    def file(name: str, keys: dict[str, object]) -> Path:
+        kinds = {int: (GGUFValueType.UINT32,), float: (GGUFValueType.FLOAT32,), str: (GGUFValueType.STRING,), list: (GGUFValueType.ARRAY, GGUFValueType.UINT32)}
+        return write_gguf(tmp_path / name, shape_keys=False, extra={f"llama.{k}": (v, *kinds[type(v)]) for k, v in keys.items()})
+
+    assert native.file_shape(file("good.gguf", keys)).stored == (0, 1, 2)
+    with pytest.raises(TcaError, match=words):
+        native.file_shape(file("bad.gguf", {**keys, key: value}))
+
+
+def test_an_unknown_architecture_is_shown_safely(tmp_path: Path) -> None:
+    path = tmp_path / "odd.gguf"
+    writer = GGUFWriter(path, "odd\x1b[2J" + "x" * 100)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(native.Unsupported, match=r"architecture 'odd\?\[2Jx{25}' is not known"):
+        native.file_shape(path)
 
 
 def test_arguments_of_the_array_functions() -> None:
