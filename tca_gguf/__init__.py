@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
@@ -33,12 +34,26 @@ def _find_built_package() -> None:
 _find_built_package()
 
 from tca_gguf.errors import TcaError  # noqa: E402
-from tca_gguf.llama import Finder  # noqa: E402
 
-if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-    sys.meta_path.insert(0, Finder())
+
+class LayerFinder:
+    """Tells Python's import system that llama_cpp is the layer over our libraries; stands in sys.meta_path and loads nothing itself."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "llama_cpp" or path is not None:
+            return None
+        from tca_gguf.llama import find_layer
+
+        return find_layer()
+
+
+if not any(getattr(finder, "__name__", "") == "LayerFinder" for finder in sys.meta_path):
+    sys.meta_path.insert(0, LayerFinder)
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tca_gguf.budgets import Budgets
     from tca_gguf.llama import Llama
 

@@ -9,7 +9,7 @@ Our libraries and the Python layer must come from one release: its ctypes defini
 is pointed at our libraries through its own LLAMA_CPP_LIB_PATH, for the time of the import only.
 
 `import tca_gguf; import llama_cpp` does the same: importing the package tells Python's import system where llama_cpp is
-(`Finder`), and loads nothing. Programs that do not import tca_gguf: see dropin.py.
+(`tca_gguf.LayerFinder`), and loads nothing. Programs that do not import tca_gguf: see dropin.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager
-from collections.abc import Iterator, Sequence
-from importlib.abc import MetaPathFinder
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -170,27 +169,23 @@ def layer_over(libraries: Path, spec: ModuleSpec) -> ModuleSpec:
     return ours
 
 
-class Finder(MetaPathFinder):
-    """Makes `import llama_cpp` the layer over our libraries. `tca_gguf` puts it first in sys.meta_path; it loads nothing itself."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "llama_cpp" or path is not None:
-            return None
-        try:
-            libraries = lib_dir()
-        except TcaError:
-            return None  # installed without its native part: there is nothing to put under it
-        try:
-            return layer_over(libraries, layer_spec(installed(), pinned_version(), package_dir() / "_layer"))
-        except TcaError as error:
-            raise ImportError(str(error), name=name) from None
+def find_layer() -> ModuleSpec | None:
+    """What `import llama_cpp` gets (tca_gguf.LayerFinder asks). None where there is nothing of ours to put under it."""
+    try:
+        libraries = lib_dir()
+    except TcaError:
+        return None  # installed without its native part
+    try:
+        return layer_over(libraries, layer_spec(installed(), pinned_version(), package_dir() / "_layer"))
+    except TcaError as error:
+        raise ImportError(str(error), name="llama_cpp") from None
 
 
 def installed() -> ModuleSpec | None:
     """The llama_cpp package that Python would import without us; None if there is none."""
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
-        if find is not None and not isinstance(finder, Finder) and (spec := find("llama_cpp", None)) is not None:
+        if find is not None and getattr(finder, "__name__", "") != "LayerFinder" and (spec := find("llama_cpp", None)) is not None:
             return spec
     return None
 

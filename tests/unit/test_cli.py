@@ -494,7 +494,8 @@ def test_exec_replaces_the_process(monkeypatch, tmp_path):
     from tca_gguf import llama
 
     program = tmp_path / "llama-server"
-    monkeypatch.setattr(llama, "program", lambda name: program)
+    find = llama.program
+    monkeypatch.setattr(llama, "program", lambda name: program if name == "llama-server" else find(name))
     seen = []
     monkeypatch.setattr(os, "execve", lambda path, args, env: seen.append((path, args, env)))
     assert run("exec", "llama-server", "-m", "x.gguf", "--help", "--port", "1", "--", "-z").exit_code == 0

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import tca_gguf
 from tca_gguf import llama
 from tca_gguf.errors import TcaError
 
@@ -54,7 +55,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for cached in ("load", "llama_class"):
         monkeypatch.setattr(llama, cached, getattr(llama, cached).__wrapped__)
     monkeypatch.setattr(llama, "installed", lambda: None)
-    monkeypatch.setattr(sys, "meta_path", [llama.Finder(), *(f for f in sys.meta_path if not isinstance(f, llama.Finder))])
+    monkeypatch.setattr(sys, "meta_path", [tca_gguf.LayerFinder, *(f for f in sys.meta_path if getattr(f, "__name__", "") != "LayerFinder")])
     for name in [name for name in sys.modules if name.split(".")[0] == "llama_cpp"]:
         monkeypatch.delitem(sys.modules, name)
     yield root
@@ -156,7 +157,7 @@ def test_import_llama_cpp_of_another_version_is_refused(package: Path, tmp_path:
 
 def test_the_finder_is_there_once_and_finds_nothing_else() -> None:
     importlib.reload(importlib.import_module("tca_gguf"))
-    (finder,) = [finder for finder in sys.meta_path if type(finder).__name__ == "Finder" and type(finder).__module__ == "tca_gguf.llama"]
+    (finder,) = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") == "LayerFinder"]
     assert finder.find_spec("llama_cpp.server", ["x"]) is None and finder.find_spec("numpy", None) is None
 
 
