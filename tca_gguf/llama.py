@@ -197,6 +197,7 @@ def load() -> ModuleType:
     present = sys.modules.get("llama_cpp")
     if present is not None:
         check_loaded(present, pin, libraries)
+        present.llama_cpp.llama_backend_init()
         return present
     spec = layer_over(libraries, layer_spec(installed(), pin, package_dir() / "_layer"))
     module = importlib.util.module_from_spec(spec)
@@ -210,6 +211,7 @@ def load() -> ModuleType:
         raise TcaError(f"llama-cpp-python's Python layer cannot be loaded over {libraries}: {error}; "
                        "reinstall tca-gguf with its dependencies: pip install . (in its checkout)") from error
     check_loaded(module, pin, libraries)
+    module.llama_cpp.llama_backend_init()  # loads the backends of a build that loads them at run time; calibration opens no Llama
     return module
 
 

@@ -5,8 +5,13 @@
 #endif
 
 static ggml_backend_dev_t device() {
-    if (ggml_backend_reg_count() == 0) {  // as llama_backend_init() does
+    if (ggml_backend_reg_count() == 0) {  // as llama_backend_init() does, and without a line for each: the cache's names the CPU's
+        ggml_log_callback log;
+        void * data;
+        ggml_log_get(&log, &data);
+        ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
         ggml_backend_load_all();
+        ggml_log_set(log, data);
     }
     return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
 }

@@ -29,6 +29,10 @@ def write_layer(folder: Path, version: str | None) -> Path:
     (package / "llama_cpp.py").write_text(
         "import os\nfrom types import SimpleNamespace\n"
         "_lib = SimpleNamespace(_name=os.path.join(os.environ['LLAMA_CPP_LIB_PATH'], 'libllama.so'))\n"
+        "n_init = 0\n"
+        "def llama_backend_init():\n"
+        "    global n_init\n"
+        "    n_init += 1\n"
     )
     (package / "mtmd_cpp.py").write_text("import os\nfound = os.environ['MTMD_CPP_LIB']\n")
     return package
@@ -75,6 +79,7 @@ def test_own_layer_where_none_is_installed(package: Path, monkeypatch: pytest.Mo
     module = llama.load()
     assert Path(module.__file__).parent == package / "_layer" / "llama_cpp"
     assert module.llama_cpp._lib._name == str(package / "lib" / "libllama.so")
+    assert module.llama_cpp.n_init == 1, "backends that are loaded at run time were not"
     assert sys.modules["llama_cpp.mtmd_cpp"].found == str(package / "lib")
     assert os.environ["LLAMA_CPP_LIB_PATH"] == "/somewhere/else" and "MTMD_CPP_LIB" not in os.environ
     import llama_cpp
@@ -103,7 +108,7 @@ def test_installed_layer_of_another_version(package: Path, tmp_path: Path, monke
 def imported(monkeypatch: pytest.MonkeyPatch, version: str, library: Path) -> ModuleType:
     module = ModuleType("llama_cpp")
     module.__version__ = version
-    module.llama_cpp = SimpleNamespace(_lib=SimpleNamespace(_name=str(library)))
+    module.llama_cpp = SimpleNamespace(_lib=SimpleNamespace(_name=str(library)), llama_backend_init=lambda: None)
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     return module
 
