@@ -27,7 +27,7 @@ static void move_rows(char * rows, size_t row_size, const int32_t * d, const int
         memmove(to + i*row_size, to + kept[i]*row_size, row_size);
     }
     memmove(to + n_kept*row_size, to + group_size*row_size, (used - group - group_size)*row_size);
-    if (d[TCA_DESC_STASH] >= 0) {
+    if (d[TCA_DESC_STASH] >= 0 && n_kept < group_size) {
         memcpy(rows + d[TCA_DESC_STASH]*row_size, dropped.data(), dropped.size());
     }
 }
