@@ -1,4 +1,4 @@
-"""outlines: outlines_choice.py MODEL, the question on stdin. The answer is one of two words, by grammar."""
+"""outlines: outlines_choice.py MODEL, the question on stdin. The answer was asked for as one of two words; outlines 1.3.3 lets the model answer with a sentence."""
 
 import sys
 from typing import Literal
