@@ -198,13 +198,13 @@ void llama_tca_adjust_cparams(const llama_model & model, llama_cparams & cparams
 }
 
 // The stock cache sizes its sliding-window part for the window and one micro-batch. Told of a longer micro-batch it also holds
-// the window before any tail that the ragged cache can take back (two groups at most), so that both reach as far.
-// A full-size sliding-window cache (swa_full, llama.cpp's default) would serve longer tails only, and the ragged cache refuses those.
+// the window before the newest `rollback` tokens, which can always be taken back. Beyond those there are checkpoints: neither a
+// full-size sliding-window cache (swa_full, llama.cpp's default) nor room for longer tails would be worth its memory.
 static llama_tca_rest sliding_rest(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
     const tca_budgets_data & b = model.tca->budgets;
     const bool     unified = cparams.kv_unified;  // the stock parts of a graph make their masks by it
     const uint32_t n_tokens = cparams.n_ctx_seq*(unified ? cparams.n_seq_max : 1);  // sequences that share a context may hold more than n_ctx
-    const uint64_t tails    = 2ull*b.group_size*(unified ? cparams.n_seq_max : 1);
+    const uint64_t tails    = (uint64_t) b.rollback*(unified ? cparams.n_seq_max : 1);
     auto memory = std::make_unique<llama_kv_cache_iswa>(model, params.type_k, params.type_v, !cparams.flash_attn, cparams.offload_kqv,
             /* swa_full */ false, unified, n_tokens, cparams.n_seq_max, std::min<uint64_t>(cparams.n_ubatch + tails, n_tokens), 1,
             nullptr, [&model](int32_t il) { return model.hparams.is_swa(il); }, nullptr, nullptr);
