@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -170,12 +171,17 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(model):
     assert stats[0]["last"]["stopped"] == "interrupt" and stats[1]["turns"] == 0
 
 
+def only_progress(stderr: str) -> bool:
+    """Where stderr is no terminal, what takes long says how far it is, every few seconds, and nothing else is said."""
+    return all(re.search(r"\d+% after |@ \d+: |filling up to \d+", line) for line in stderr.splitlines() if line.strip())
+
+
 def test_bench(model, tmp_path):
     """Depths on the way to the largest, every test, budgets of the file and none, and what the JSON says of them."""
     raw, picture = tmp_path / "raw.json", tmp_path / "speed.png"
     result = call("bench", model, "--depths", "768,256", "--kv-type", "f16,q8_0", "--dense-kv", "f16", "--budgets", "file,dense",
                   "--tests", "prefill,decode,whole", "-n", "4", "--repeat", "1", "--save", raw, "--plot", picture, "--json")  # fmt: skip
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.returncode == 0 and only_progress(result.stderr), result.stderr
     info = json.loads(result.stdout)
     assert info == json.loads(raw.read_text()) and picture.stat().st_size > 1000
     assert [(r["depth"], r["test"], r["kv_type"], r["budgets"]) for r in info["rows"]] == [
@@ -257,7 +263,7 @@ def test_embed_and_strip_on_the_command_line(smollm2, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(smollm2.read_bytes())
     result = call("embed-budgets", path, "--tokens", "2048", "--keep", "0.3", "--json")
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.returncode == 0 and only_progress(result.stderr), result.stderr
     info = json.loads(result.stdout)
     assert 0.29 < info["kept_fraction"] <= 0.3 and info["written"] == str(path)
     assert len(json.loads(call("inspect", path, "--json").stdout)["heads"]) == 90

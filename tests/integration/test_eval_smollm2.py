@@ -47,16 +47,17 @@ def test_needle_and_turns(smollm2):
     # 1,280 tokens, one group of 512 compacted in every head
     assert needle["keep"] == round(1 - GONE / 512, 4) and needle["cache_tokens"] == 1280 and needle["evicted_tokens"] == GONE
     assert needle["dense"] >= 0.75 and needle["kept_correct"] >= needle["dense_correct"] - 3
-    assert needle["kv_bytes"] < needle["kv_bytes_dense"] == 1536 * 30 * 3 * 64 * 2 * 2
+    # nearly everything is kept here, and 64 slots a head are there for what is taken back over a compaction
+    assert needle["kv_bytes"] < 1.03 * needle["kv_bytes_dense"] and needle["kv_bytes_dense"] == 1536 * 30 * 3 * 64 * 2 * 2
     assert all(0 < a["depth"] < 0.42 for a in result.answers if a["suite"] == "needle")
 
     assert turns["samples"] == 10 and turns["kept_correct"] >= turns["dense_correct"] - 3
     said = [a for a in result.answers if a["suite"] == "turns"]
     assert [a["turn"] for a in said] == (["next"] * 8 + ["edited", "changed"]) * 2
     dense, tca = said[:10], said[10:]
-    # the edited turn keeps all before it, the changed fact nothing that was compacted
+    # the edited turn keeps all before it, the changed fact what dense keeps or, over more than one compaction, nothing
     assert turns["edited_reused"] == [tca[8]["reused"]] and tca[8]["reused"] > 1280
-    assert 0 < dense[9]["reused"] < 300 and turns["changed_reused"] == [0]
+    assert 0 < dense[9]["reused"] < 300 and turns["changed_reused"] in ([0], [dense[9]["reused"]])
     assert tca[9]["expected"] != tca[0]["expected"] and tca[0]["expected"][0] not in tca[9]["text"]
 
 
@@ -166,7 +167,10 @@ def test_a_cache_is_not_taken_back_into_what_it_compacted(six_layers):
             session.decode(ids)
             assert reuse(session, ids, ids + [5], policy) == 1200 == session.length()
             assert reuse(session, ids, ids[:1100] + [5], policy) == 1100 == session.length()
-            assert reuse(session, ids[:1100], ids[:300] + [5], policy) == 0 == session.length()
+            assert reuse(session, ids[:1100], ids[:300] + [5], policy) == 300 == session.length()  # over the only compaction
+            session.clear()
+            session.decode([*ids, *range(3000, 3336)])  # 1,536 tokens, compacted twice
+            assert reuse(session, [*ids, *range(3000, 3336)], ids[:300] + [5], policy) == 0 == session.length()
         model.set_budgets(None)
         with Session(model, 1536) as session:
             session.decode(ids)

@@ -117,18 +117,16 @@ class Turns:
 def reuse(session: Session, held: Sequence[int], wanted: Sequence[int], policy: Policy) -> int:
     """Takes the cache back to what ``held`` and ``wanted`` have in common; 0, and an empty cache, if it cannot go there.
 
-    Raises TcaError if it claims to have gone back behind what it compacted.
+    Raises TcaError if groups stay compacted that a fresh evaluation of what is left would not have compacted.
     """
     keep = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), min(len(held), len(wanted)))
     if keep == len(held):
         return keep
-    fixed = 0
-    if policy.budgets is not None:
-        groups = native.context_sequence(session.address, 0)[1]
-        fixed = policy.budgets.sinks + groups * policy.budgets.group_size if groups else 0
     if session.remove_tail(keep):
-        if keep < fixed and policy.keep < 1:
-            raise TcaError(f"the cache of policy {policy.name} went back to token {keep}, which it had compacted: its text has holes now")
+        if policy.budgets is not None and policy.keep < 1:
+            groups = native.context_sequence(session.address, 0)[1]
+            if groups != native.plan_groups(policy.budgets, keep):
+                raise TcaError(f"the cache of policy {policy.name} went back to token {keep} with {groups} groups compacted: its text has holes now")
         return keep
     session.clear()
     return 0
