@@ -147,8 +147,6 @@ def source_of(path: str | os.PathLike[str], reader: HeaderReader | None = None) 
 
     The rule is the runtime's, see native/budgets/tca-source.h. Raises TcaError.
     """
-    from . import native
-
     path = Path(path)
     own = _has_keys(reader or open_header(path))
     folder = native.user_budgets()
@@ -177,8 +175,6 @@ def write_keys(src: str | os.PathLike[str], dst: str | os.PathLike[str], budgets
 
     ``src`` is only read; it may be the first part of a split model. Raises TcaError as `embed_budgets` does.
     """
-    from . import native
-
     src, dst = Path(src), Path(dst)
     budgets.check()
     reader = open_header(src)
