@@ -225,14 +225,7 @@ static void launch_rows(const tca_store & store, const tca_queries & q, cudaStre
 }
 
 void tca_cuda_decode(const tca_store & store, const tca_queries & q, int head_dim, cudaStream_t stream) {
-    switch (head_dim) {
-        case 64:  launch_rows<64> (store, q, stream); break;
-        case 80:  launch_rows<80> (store, q, stream); break;
-        case 96:  launch_rows<96> (store, q, stream); break;
-        case 128: launch_rows<128>(store, q, stream); break;
-        case 256: launch_rows<256>(store, q, stream); break;
-        default:  GGML_ABORT("tca: head size %d", head_dim);
-    }
+    tca_with_head_dim(head_dim, [&](auto d) { launch_rows<decltype(d)::value>(store, q, stream); });
 }
 
 // grid (n_head, n_tokens); 512 threads. A warp takes chunks in turn and keeps a running softmax over them, 8 values a lane at

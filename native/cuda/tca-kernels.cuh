@@ -15,6 +15,19 @@
 #    define TCA_ASM(...) asm volatile(__VA_ARGS__)
 #endif
 
+// Calls launch(std::integral_constant<int, D>()) for the head size D that a kernel is made for (tca_cuda_supports).
+template <typename Launch>
+static void tca_with_head_dim(int head_dim, Launch launch) {
+    switch (head_dim) {
+        case 64:  launch(std::integral_constant<int,  64>()); break;
+        case 80:  launch(std::integral_constant<int,  80>()); break;
+        case 96:  launch(std::integral_constant<int,  96>()); break;
+        case 128: launch(std::integral_constant<int, 128>()); break;
+        case 256: launch(std::integral_constant<int, 256>()); break;
+        default:  GGML_ABORT("tca: head size %d", head_dim);
+    }
+}
+
 // Tensors of a store and its descriptor, by value into kernels.
 struct tca_store {
     char          * k;

@@ -263,12 +263,5 @@ static void launch(ggml_backend_cuda_context & ctx, const tca_store & store, con
 }
 
 void tca_cuda_prefill(ggml_backend_cuda_context & ctx, const tca_store & store, const tca_queries & q, int head_dim, bool partial) {
-    switch (head_dim) {
-        case 64:  launch<64> (ctx, store, q, partial); break;
-        case 80:  launch<80> (ctx, store, q, partial); break;
-        case 96:  launch<96> (ctx, store, q, partial); break;
-        case 128: launch<128>(ctx, store, q, partial); break;
-        case 256: launch<256>(ctx, store, q, partial); break;
-        default:  GGML_ABORT("tca: head size %d", head_dim);
-    }
+    tca_with_head_dim(head_dim, [&](auto d) { launch<decltype(d)::value>(ctx, store, q, partial); });
 }
